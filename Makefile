@@ -1,0 +1,92 @@
+# Everything runs in this folder's own .venv, made on first use. A second call installs
+# nothing: each set of packages leaves a stamp, renewed when pyproject.toml changes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
+
+UV := $(shell command -v uv 2>/dev/null)
+PYTHONS := python3 python3.13 python3.12 python3.11
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Each backend's tests use every core, so nothing here runs side by side.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(DEMO) ## train the tutorial's model on MNIST, eager beside the fastest gear
+	@KERAS_BACKEND=tensorflow $(BIN)/loopscope mnist
+
+# Keras reads its backend once per process, so the suite runs in one process for each.
+PYTEST = TF_CPP_MIN_LOG_LEVEL=3 KERAS_BACKEND=$(1) $(BIN)/python -m pytest
+
+test: $(DEV) ## run the tests on TensorFlow, then on JAX
+	@echo "== tests on TensorFlow"
+	@$(call PYTEST,tensorflow) -m "not slow"
+	@echo "== tests on JAX"
+	@$(call PYTEST,jax) -m "not slow and not once"
+
+# pytest ends with 5 when no test was left to run; here that is not a failure.
+test-slow: $(DEV) ## run the slow tests that `test` leaves out
+	@echo "== slow tests on TensorFlow"
+	@$(call PYTEST,tensorflow) -m "slow" || [ $$? -eq 5 ]
+	@echo "== slow tests on JAX"
+	@$(call PYTEST,jax) -m "slow and not once" || [ $$? -eq 5 ]
+
+check: $(DEV) ## check format, lint, types, import rules and docs; changes nothing
+	@$(BIN)/ruff format --check --quiet --diff .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@if [ -e tests/test_docs.py ]; then $(call PYTEST,tensorflow) -q tests/test_docs.py; fi
+
+format: $(DEV) ## rewrite the code in the one format, mend what lint can mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(BENCH) ## measure speed; the tests never do
+	@$(BIN)/python benchmarks/run.py
+
+clean: ## remove caches and built packages; .venv stays
+	@rm -rf build dist .coverage .hypothesis .import_linter_cache .mypy_cache \
+	  .pytest_cache .ruff_cache
+	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(DEMO): EXTRAS := tensorflow
+$(DEV): EXTRAS := tensorflow,jax,dev
+$(BENCH): EXTRAS := tensorflow,jax,bench
+
+$(DEMO) $(DEV) $(BENCH): pyproject.toml | $(BIN)/python
+	@echo "Installing loopscope[$(EXTRAS)] into $(VENV); the first time takes minutes"
+ifdef UV
+	@$(UV) pip install --quiet --python $(BIN)/python --editable ".[$(EXTRAS)]"
+else
+	@$(BIN)/python -m pip install -qq --editable ".[$(EXTRAS)]"
+endif
+# Each of the three sets holds all that `make demo` needs.
+	@touch $(DEMO) $@
+
+# A half-made .venv would look finished the next time: take it away again.
+$(BIN)/python:
+ifdef UV
+	@$(UV) venv --quiet --python ">=3.11,<3.14" $(VENV)
+else
+	@for python in $(PYTHONS); do \
+	  if $$python -c '$(SUPPORTED)' 2>/dev/null; then \
+	    $$python -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); \
+	    echo "$$python cannot make a virtual environment (Debian and Ubuntu: install python3-venv)" >&2; \
+	    exit 1; \
+	  fi; \
+	done; \
+	echo "loopscope needs Python 3.11, 3.12 or 3.13 (or uv); none of these is one: $(PYTHONS)" >&2; \
+	exit 1
+endif

@@ -1,0 +1,43 @@
+"""Every exception that loopscope itself raises.
+
+    LoopscopeError
+    ├── UsageError (also a ValueError)   the call was wrong; nothing was changed
+    │   ├── GearError                    a gear that does not exist or cannot run
+    │   ├── DataError                    data that no step could be run on
+    │   ├── StepError                    a step that does not keep its contract
+    │   └── ExperimentError              an experiment that cannot be imported
+    └── BackendError (also an ImportError)  a backend that is missing or unknown
+
+An exception of the user's own (in a source, a step, a callback) is never
+replaced: it keeps its type and traceback and gets a note naming the step.
+"""
+
+from __future__ import annotations
+
+
+class LoopscopeError(Exception):
+    """Base of every exception raised by loopscope."""
+
+
+class UsageError(LoopscopeError, ValueError):
+    """The call was wrong. Raised before anything was changed."""
+
+
+class GearError(UsageError):
+    """A gear that does not exist, or that this backend or step cannot use."""
+
+
+class DataError(UsageError):
+    """Data that no step could be run on."""
+
+
+class StepError(UsageError):
+    """A step that does not keep the contract of a step."""
+
+
+class ExperimentError(UsageError):
+    """An experiment that cannot be imported, or is not one."""
+
+
+class BackendError(LoopscopeError, ImportError):
+    """The Keras backend is missing, or has no room under `backend/`."""
