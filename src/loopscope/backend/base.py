@@ -1,0 +1,177 @@
+"""The protocol between the loop and a framework.
+
+A backend knows how to hold arrays, how to trace a step, and how to make a
+program out of a step for each of its gears. It knows nothing of epochs,
+metrics, callbacks or files.
+
+A new backend is one file that passes tests/test_backend_contract.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from loopscope.data.feed import Feed, Spec
+from loopscope.gear import Gear
+
+Array = Any
+"""A device array of the framework in use."""
+
+Tree = Any
+"""A nest of dicts, lists and tuples with one kind of leaf."""
+
+Step = Callable[..., Any]
+"""Takes the parts of one batch, returns a scalar or a dict of scalars."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one symbolic execution of a step has shown.
+
+    Attributes:
+        outputs: The step's return value with a `Spec` for each tensor. A leaf
+            that is no tensor is passed through as it came.
+        variables: Every variable the step reads or writes, in order of first
+            use; Keras variables where Keras knows them, else the framework's.
+        handle: Whatever the backend wants back in `program` (a traced function).
+    """
+
+    outputs: Tree
+    variables: tuple[Any, ...]
+    handle: Any
+
+
+class Program(Protocol):
+    """A step made executable over a feed, in one gear."""
+
+    def __call__(self, feed: Feed, start: int, stop: int) -> Tree:
+        """Run steps `start` to `stop` (not included) of the feed.
+
+        Reads and writes the live variables. Returns the step's output with
+        every leaf stacked into a NumPy array of shape `(stop - start, ...)`;
+        waits for the device.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """One framework, as the loop sees it."""
+
+    name: str
+    gears: tuple[Gear, ...]
+    """In the order in which `auto` tries them: the surest first."""
+
+    def device(self) -> str:
+        """The device that steps run on, in words."""
+        ...
+
+    def random_stream(self, gear: Gear) -> str:
+        """Names the random numbers that a gear draws; equal names, equal numbers."""
+        ...
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether `value` is an array of this framework."""
+        ...
+
+    def place(self, array: Any) -> Array:
+        """Bring a NumPy array (or a tensor of the framework) to the device."""
+        ...
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """Copy to the host. Waits for the device."""
+        ...
+
+    def read(self, variable: Any) -> Array:
+        """A value of `variable` that later steps do not change."""
+        ...
+
+    def assign(self, variable: Any, value: Any) -> None:
+        """Set `variable` to `value`, outside of any step."""
+        ...
+
+    def trace(
+        self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
+    ) -> Trace:
+        """Execute `step` symbolically on a batch of `Spec`s.
+
+        Builds what is not yet built; changes no value of any variable. `known`
+        lists Keras's variables; it is asked again afterwards.
+        """
+        ...
+
+    def program(
+        self,
+        step: Step,
+        gear: Gear,
+        feed: Feed,
+        trace: Trace | None,
+        variables: Sequence[Any],
+        capacity: int,
+    ) -> Program:
+        """Make `step` executable over feeds like `feed`.
+
+        Args:
+            step: The step.
+            gear: One of `gears`.
+            feed: A feed of the kind and shapes that the program will get.
+            trace: What `trace` gave for this batch; `None` for the eager gear.
+            variables: Every variable of the state, in order.
+            capacity: The most steps of one call.
+        """
+        ...
+
+    def value_and_grad(
+        self, fn: Callable[[], Any], variables: Sequence[Any], has_aux: bool
+    ) -> tuple[Any, list[Any]]:
+        """The value of `fn()` and its gradients, inside a step."""
+        ...
+
+
+def cut(
+    feed: Feed,
+    arrays: Tree,
+    order: Array | None,
+    index: Any,
+    *,
+    rows: Callable[[Array, Array], Array],
+    window: Callable[[Array, Any, int], Array],
+    map_structure: Callable[..., Tree],
+) -> tuple[Tree, ...]:
+    """Cut the batch of step `index` out of a feed; `index` may be traced.
+
+    Args:
+        feed: Says how (its arrays are not used: they may be traced).
+        arrays: The feed's arrays.
+        order: The feed's order.
+        index: The step's position in the feed.
+        rows: `rows(array, indices)`, a gather along the first axis.
+        window: `window(array, start, size)`, a slice along the first axis.
+        map_structure: The framework's `tree.map_structure`.
+    """
+    size = feed.batch_size
+    if feed.kind == "take":
+        indices = window(order, index * size, size)
+        batch = map_structure(lambda leaf: rows(leaf, indices), arrays)
+    else:
+        batch = map_structure(lambda leaf: window(leaf, index * size, size), arrays)
+    return tuple(batch)
+
+
+def no_gradient(variables: Sequence[Any]) -> str:
+    """The error text for a loss that none of these variables reaches."""
+    trainable = {id(v): v for v in variables if v.trainable}.values()
+    paths = [str(getattr(v, "path", v.name)) for v in trainable]
+    return (
+        "No trainable variable reaches the loss, so there is no gradient to apply. "
+        "Expected a loss computed by Keras or backend operations from the output of "
+        "a model with trainable variables (NumPy, `stop_gradient` and "
+        "`trainable=False` cut the way). "
+        f"Received: variables={paths}"
+    )
+
+
+__all__ = ["Backend", "Feed", "Program", "Spec", "Step", "Trace", "cut", "no_gradient"]

@@ -1,0 +1,258 @@
+"""JAX's room: a stateful Keras step made pure by `keras.StatelessScope`.
+
+Every variable is mapped to a traced value, the step runs, the updates are read
+back; then `jit` and `lax.while_loop`. Arrays are immutable here, so a snapshot
+of the state costs nothing, and nothing is donated: an interrupted call leaves
+the state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from loopscope.backend.base import Program, Step, Trace, Tree, cut, no_gradient
+from loopscope.data.feed import Feed, Spec
+from loopscope.errors import StepError
+from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
+
+map_structure = keras.tree.map_structure
+
+
+class JaxBackend:
+    """Steps on JAX."""
+
+    name = "jax"
+    gears = (XLA, FUSED_XLA, EAGER)
+
+    def device(self) -> str:
+        return str(jax.devices()[0].device_kind)
+
+    def random_stream(self, gear: Gear) -> str:
+        return "jax"
+
+    def is_tensor(self, value: Any) -> bool:
+        return isinstance(value, jax.Array)
+
+    def place(self, array: Any) -> jax.Array:
+        # A copy: JAX on CPU may otherwise share the memory of a NumPy array.
+        return jnp.array(array)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+    def read(self, variable: Any) -> jax.Array:
+        return variable.value
+
+    def assign(self, variable: Any, value: Any) -> None:
+        variable.assign(value)
+
+    def trace(
+        self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
+    ) -> Trace:
+        specs = map_structure(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), batch)
+        # Outside of eval_shape, so that variables made by the trace (an
+        # optimizer's slots) are initialized with real values on leaving.
+        with _Scope([(v, v.value) for v in known()], collect_losses=True) as scope:
+            outputs = jax.eval_shape(step, *specs)
+        return Trace(
+            outputs=map_structure(_spec, outputs),
+            variables=tuple(scope.seen.values()),
+            handle=None,
+        )
+
+    def program(
+        self,
+        step: Step,
+        gear: Gear,
+        feed: Feed,
+        trace: Trace | None,
+        variables: Sequence[Any],
+        capacity: int,
+    ) -> Program:
+        one = _cutter(feed, step)
+        if trace is None:
+            return _eager(one)
+        pure = _pure(one, variables)
+        if not gear.fused:
+            return _stepwise(jax.jit(pure), variables)
+        return _fused(pure, variables, trace, capacity)
+
+    def value_and_grad(
+        self, fn: Callable[[], Any], variables: Sequence[Any], has_aux: bool
+    ) -> tuple[Any, list[Any]]:
+        if not variables:
+            raise StepError(no_gradient([]))
+        touched: dict[int, Any] = {}
+
+        def pure(values: list[Any]) -> tuple[Any, Any]:
+            mapping = zip(variables, values, strict=True)
+            with _Scope(mapping, collect_losses=True) as scope:
+                value = fn()
+            loss = value[0] if has_aux else value
+            # Only a loss with a tangent comes out as this trace's own tracer.
+            if type(loss) is not type(values[0]):
+                raise StepError(no_gradient(variables))
+            # Keep what the forward pass has assigned (BatchNorm, seeds).
+            own = {id(v) for v in variables}
+            touched.update((k, v) for k, v in scope.written.items() if k not in own)
+            return loss, (value, {key: scope.state_mapping[key] for key in touched})
+
+        values = [jnp.asarray(v.value) for v in variables]
+        (_, (value, updates)), grads = jax.value_and_grad(pure, has_aux=True)(values)
+        for key, update in updates.items():
+            touched[key].assign(update)
+        return value, list(grads)
+
+
+class _Scope(keras.StatelessScope):
+    """A stateless scope that sees through to an outer one and keeps a list.
+
+    Keras's own nested scope does not know the values of the scope around it.
+    """
+
+    current: _Scope | None = None
+
+    def __init__(self, mapping: Any, collect_losses: bool = False) -> None:
+        super().__init__(state_mapping=mapping, collect_losses=collect_losses)
+        self.outer = _Scope.current
+        self.seen: dict[int, Any] = {} if self.outer is None else self.outer.seen
+        self.written: dict[int, Any] = {}
+
+    def __enter__(self) -> _Scope:
+        super().__enter__()
+        _Scope.current = self
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        _Scope.current = self.outer
+        super().__exit__(*args)
+
+    def get_current_value(self, variable: Any) -> Any:
+        self.seen.setdefault(id(variable), variable)
+        value = super().get_current_value(variable)
+        if value is None and self.outer is not None:
+            value = self.outer.get_current_value(variable)
+        return value
+
+    def add_update(self, update: Any) -> None:
+        self.seen.setdefault(id(update[0]), update[0])
+        self.written[id(update[0])] = update[0]
+        super().add_update(update)
+
+
+def _spec(value: Any) -> Any:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return Spec(tuple(value.shape), jnp.dtype(value.dtype).name)
+    return value
+
+
+def _window(array: Any, start: Any, size: int) -> Any:
+    return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+
+def _rows(array: Any, indices: Any) -> Any:
+    return array.at[indices].get(mode="promise_in_bounds")
+
+
+def _cutter(feed: Feed, step: Step) -> Callable[..., Any]:
+    def one(arrays: Any, order: Any, index: Any) -> Any:
+        batch = cut(
+            feed,
+            arrays,
+            order,
+            index,
+            rows=_rows,
+            window=_window,
+            map_structure=map_structure,
+        )
+        return step(*batch)
+
+    return one
+
+
+def _pure(one: Callable[..., Any], variables: Sequence[Any]) -> Callable[..., Any]:
+    """`(values, arrays, order, index) -> (new values, outputs)`."""
+
+    def pure(values: Any, arrays: Any, order: Any, index: Any) -> tuple[Any, Any]:
+        with _Scope(zip(variables, values, strict=True), True) as scope:
+            outputs = one(arrays, order, index)
+        new = [scope.get_current_value(v) for v in variables]
+        # Carried values must keep their type: no weak types.
+        new = [
+            jax.lax.convert_element_type(n, v.dtype)
+            for n, v in zip(new, values, strict=True)
+        ]
+        return new, map_structure(jnp.asarray, outputs)
+
+    return pure
+
+
+def _load(variables: Sequence[Any]) -> list[Any]:
+    return [v.value for v in variables]
+
+
+def _store(variables: Sequence[Any], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _eager(one: Callable[..., Any]) -> Program:
+    def run(feed: Feed, start: int, stop: int) -> Tree:
+        outputs = [one(feed.arrays, feed.order, i) for i in range(start, stop)]
+        return map_structure(lambda *leaves: np.stack(leaves), *outputs)
+
+    return run
+
+
+def _stepwise(pure: Callable[..., Any], variables: Sequence[Any]) -> Program:
+    def run(feed: Feed, start: int, stop: int) -> Tree:
+        values, outputs = _load(variables), []
+        for index in range(start, stop):
+            values, output = pure(values, feed.arrays, feed.order, index)
+            outputs.append(output)
+        stacked = map_structure(lambda *leaves: np.stack(leaves), *outputs)
+        _store(variables, values)
+        return stacked
+
+    return run
+
+
+def _fused(
+    pure: Callable[..., Any], variables: Sequence[Any], trace: Trace, capacity: int
+) -> Program:
+    specs = keras.tree.flatten(trace.outputs)
+
+    def many(values: Any, arrays: Any, order: Any, start: Any, stop: Any) -> Any:
+        def body(carry: Any) -> Any:
+            index, values, buffers = carry
+            values, outputs = pure(values, arrays, order, index)
+            leaves = keras.tree.flatten(outputs)
+            slot = index - start
+            buffers = [
+                b.at[slot].set(leaf) for b, leaf in zip(buffers, leaves, strict=True)
+            ]
+            return index + 1, values, buffers
+
+        empty = [jnp.zeros((capacity, *s.shape), s.dtype) for s in specs]
+        _, values, buffers = jax.lax.while_loop(
+            lambda carry: carry[0] < stop, body, (start, values, empty)
+        )
+        return values, buffers
+
+    compiled = jax.jit(many)
+
+    def run(feed: Feed, start: int, stop: int) -> Tree:
+        values, buffers = compiled(
+            _load(variables), feed.arrays, feed.order, np.int32(start), np.int32(stop)
+        )
+        leaves = [np.asarray(buffer)[: stop - start] for buffer in buffers]
+        _store(variables, values)
+        return keras.tree.pack_sequence_as(trace.outputs, leaves)
+
+    return run

@@ -1,0 +1,221 @@
+"""TensorFlow's room: programs out of `tf.function`.
+
+A step is traced once per batch shape; the traced function is then called as it
+is (graph), under XLA, from a `tf.while_loop`, or both, so that four gears cost
+one trace. Loops use `while i < stop`: a `tf.range(start, stop)` is compiled
+again for every new (start, stop) under XLA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from loopscope.backend.base import Program, Step, Trace, Tree, cut, no_gradient
+from loopscope.data.feed import Feed, Spec
+from loopscope.errors import StepError
+from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GRAPH, XLA, Gear
+
+map_structure = keras.tree.map_structure
+
+
+class TensorFlowBackend:
+    """Steps on TensorFlow."""
+
+    name = "tensorflow"
+    gears = (GRAPH, FUSED_GRAPH, XLA, FUSED_XLA, EAGER)
+
+    def device(self) -> str:
+        return "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+
+    def random_stream(self, gear: Gear) -> str:
+        # The bits are the same, their conversion to floats differs.
+        return "tensorflow-xla" if gear.jit_compile else "tensorflow"
+
+    def is_tensor(self, value: Any) -> bool:
+        return isinstance(value, tf.Tensor)
+
+    def place(self, array: Any) -> tf.Tensor:
+        return tf.convert_to_tensor(array)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+    def read(self, variable: Any) -> tf.Tensor:
+        # Shares the variable's buffer; an assignment copies it first if shared.
+        return _native(variable).value()
+
+    def assign(self, variable: Any, value: Any) -> None:
+        _native(variable).assign(value)
+
+    def trace(
+        self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
+    ) -> Trace:
+        specs = map_structure(lambda s: tf.TensorSpec(s.shape, s.dtype), batch)
+        traced = tf.function(step, autograph=not _is_ours(step))
+        with _clear_errors(known):
+            concrete = traced.get_concrete_function(*specs)
+        return Trace(
+            outputs=map_structure(_spec, concrete.structured_outputs),
+            variables=_captured(concrete, known()),
+            handle=concrete,
+        )
+
+    def program(
+        self,
+        step: Step,
+        gear: Gear,
+        feed: Feed,
+        trace: Trace | None,
+        variables: Sequence[Any],
+        capacity: int,
+    ) -> Program:
+        if trace is None:
+            return _stepwise(_cutter(feed, _told(step, variables)))
+        if not gear.fused:
+            step = trace.handle
+            if gear.jit_compile:
+                # The batch is cut outside: XLA would compile for every new index.
+                step = tf.function(step, jit_compile=True, autograph=False)
+            return _stepwise(_flat(_cutter(feed, step), feed, GRAPH, ("index",)))
+        return _fused(feed, gear, trace, capacity)
+
+    def value_and_grad(
+        self, fn: Callable[[], Any], variables: Sequence[Any], has_aux: bool
+    ) -> tuple[Any, list[Any]]:
+        with tf.GradientTape() as tape:
+            value = fn()
+            loss = value[0] if has_aux else value
+        grads = tape.gradient(loss, list(variables))
+        if all(grad is None for grad in grads):
+            raise StepError(no_gradient(variables))
+        return value, list(grads)
+
+
+def _native(variable: Any) -> tf.Variable:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+@contextmanager
+def _clear_errors(variables: Callable[[], Sequence[Any]]) -> Iterator[None]:
+    """Let what a step did wrong come out as StepError, whoever noticed it."""
+    try:
+        yield
+    except Exception as error:
+        # AutoGraph puts an exception of its own around the one that was raised.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, StepError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        if "No gradients provided for any variable" in str(error):
+            raise StepError(no_gradient(variables())) from error
+        raise
+
+
+def _told(step: Step, variables: Sequence[Any]) -> Step:
+    def told(*batch: Any) -> Any:
+        with _clear_errors(lambda: variables):
+            return step(*batch)
+
+    return told
+
+
+def _is_ours(step: Any) -> bool:
+    return getattr(step, "__module__", "").startswith("loopscope.")
+
+
+def _spec(value: Any) -> Any:
+    if isinstance(value, (tf.Tensor, tf.TensorSpec)):
+        return Spec(tuple(value.shape.as_list()), value.dtype.name)
+    return value
+
+
+def _captured(concrete: Any, known: Sequence[Any]) -> tuple[Any, ...]:
+    """Every variable that a concrete function touches, Keras's own where known."""
+    by_handle = {id(v.handle): v for v in (*concrete.graph.variables, *known)}
+    captured = (by_handle.get(id(handle)) for handle in concrete.captured_inputs)
+    return tuple(variable for variable in captured if variable is not None)
+
+
+def _window(array: Any, start: Any, size: int) -> tf.Tensor:
+    begin = tf.concat([[start], tf.zeros(len(array.shape) - 1, tf.int32)], 0)
+    return tf.slice(array, begin, [size, *array.shape[1:]])
+
+
+def _cutter(feed: Feed, step: Callable[..., Any]) -> Callable[..., Any]:
+    def one(arrays: Any, order: Any, index: Any) -> Any:
+        batch = cut(
+            feed,
+            arrays,
+            order,
+            index,
+            rows=tf.gather,
+            window=_window,
+            map_structure=map_structure,
+        )
+        return step(*batch)
+
+    return one
+
+
+def _flat(
+    fn: Callable[..., Any], feed: Feed, gear: Gear, scalars: tuple[str, ...]
+) -> Callable[..., Any]:
+    """`fn(arrays, order, *scalars)` compiled, callable without signature checks."""
+    compiled = tf.function(fn, jit_compile=gear.jit_compile or None, autograph=False)
+    spec = map_structure(lambda a: tf.TensorSpec(a.shape, a.dtype), feed.arrays)
+    order = None if feed.order is None else tf.TensorSpec(feed.order.shape, tf.int32)
+    concrete = compiled.get_concrete_function(
+        spec, order, *(tf.TensorSpec((), tf.int32, name) for name in scalars)
+    )
+
+    def call(arrays: Any, order: Any, *numbers: int) -> Any:
+        return concrete(arrays, order, *(tf.constant(n, tf.int32) for n in numbers))
+
+    return call
+
+
+def _stepwise(one: Callable[..., Any]) -> Program:
+    def run(feed: Feed, start: int, stop: int) -> Tree:
+        outputs = [one(feed.arrays, feed.order, i) for i in range(start, stop)]
+        return map_structure(lambda *leaves: np.stack(leaves), *outputs)
+
+    return run
+
+
+def _fused(feed: Feed, gear: Gear, trace: Trace, capacity: int) -> Program:
+    one = _cutter(feed, trace.handle)
+    specs = keras.tree.flatten(trace.outputs)
+
+    def many(arrays: Any, order: Any, start: Any, stop: Any) -> list[Any]:
+        def body(index: Any, *buffers: Any) -> tuple[Any, ...]:
+            leaves = keras.tree.flatten(one(arrays, order, index))
+            slot = [[index - start]]
+            return index + 1, *(
+                tf.tensor_scatter_nd_update(buffer, slot, [leaf])
+                for buffer, leaf in zip(buffers, leaves, strict=True)
+            )
+
+        empty = [tf.zeros((capacity, *s.shape), s.dtype) for s in specs]
+        _, *buffers = tf.while_loop(
+            lambda index, *_: index < stop,
+            body,
+            [start, *empty],
+            parallel_iterations=1,
+        )
+        return list(buffers)
+
+    compiled = _flat(many, feed, gear, ("start", "stop"))
+
+    def run(feed: Feed, start: int, stop: int) -> Tree:
+        buffers = compiled(feed.arrays, feed.order, start, stop)
+        leaves = [buffer.numpy()[: stop - start] for buffer in buffers]
+        return keras.tree.pack_sequence_as(trace.outputs, leaves)
+
+    return run
