@@ -1,0 +1,1 @@
+"""Where batches come from: sources, feeds and the order of an epoch."""

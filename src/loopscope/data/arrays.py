@@ -1,0 +1,183 @@
+"""Sources over arrays: resident on the device, or too large for that.
+
+A resident source places its arrays on the device once; an epoch is then only an
+order of rows. A source over `np.memmap`, or above `RESIDENT_BYTES`, gathers its
+batches on the host and streams them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from loopscope.data.feed import Feed, Segment, Spec
+from loopscope.data.order import permutation
+from loopscope.data.stream import StreamPass
+from loopscope.errors import DataError
+
+RESIDENT_BYTES = 2 * 2**30
+"""Arrays above this size stay on the host and are streamed."""
+
+Place = Callable[[Any], Any]
+
+
+class ArrayPass:
+    """One epoch over resident arrays."""
+
+    def __init__(self, full: Feed | None, steps: int, tail: Feed | None) -> None:
+        self._rest = [Segment(full, 0, steps)] if full is not None else []
+        if tail is not None:
+            self._rest.append(Segment(tail, 0, 1))
+
+    def take(self, limit: int) -> Segment | None:
+        """The next steps, at most `limit`, or `None` at the end."""
+        if not self._rest:
+            return None
+        segment = self._rest.pop(0)
+        if segment.steps > limit:
+            cut = segment.start + limit
+            self._rest.insert(0, Segment(segment.feed, cut, segment.stop))
+            segment = Segment(segment.feed, segment.start, cut)
+        return segment
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class ArraySource:
+    """Batches out of arrays of equal length.
+
+    Args:
+        arrays: Tuple (x, y, sample_weight), cut short after the last one given;
+            each a tree of arrays with the same first axis.
+        batch_size: Rows of a step; the last step of an epoch may have fewer.
+        shuffle: Whether each epoch has an order of its own, keyed by (seed, epoch).
+        seed: The order's seed.
+        place: Brings an array to the device.
+    """
+
+    def __init__(
+        self,
+        arrays: tuple[Any, ...],
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        place: Place,
+    ) -> None:
+        import keras
+
+        self._map = keras.tree.map_structure
+        leaves = keras.tree.flatten(arrays)
+        self.arrays = arrays
+        self._shuffle, self._seed, self._place = shuffle, seed, place
+        self.samples = _common_length(leaves)
+        self.batch_size = min(batch_size, self.samples)
+        self.steps: int | None = -(-self.samples // self.batch_size)
+        self.ragged = self.samples % self.batch_size != 0
+        self.specs: tuple[Any, ...] = self._specs(self.batch_size)
+        size_bytes = sum(int(np.prod(a.shape)) * _itemsize(a) for a in leaves)
+        self.resident = size_bytes <= RESIDENT_BYTES and not any(
+            isinstance(a, np.memmap) for a in leaves
+        )
+        self._placed: tuple[Any, ...] | None = None
+
+    def open(self, epoch: int) -> ArrayPass | StreamPass:
+        """The epoch's data, from its start."""
+        if not self.resident:
+            return StreamPass(self._host_batches(epoch), self._place)
+        if self._placed is None:
+            self._placed = self._map(self._place, self.arrays)
+        steps, rest = divmod(self.samples, self.batch_size)
+        rows = self._order(epoch)
+        full = self._feed(rows[: steps * self.batch_size], self.batch_size)
+        tail = self._feed(rows[steps * self.batch_size :], rest) if rest else None
+        return ArrayPass(full, steps, tail)
+
+    def sample(self) -> Segment:
+        """Some steps of the data for measuring; nothing is used up."""
+        data = self.open(0)
+        try:
+            segment = data.take(256)
+        finally:
+            data.close()
+        assert segment is not None
+        return segment
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._shuffle:
+            return permutation(self.samples, seed=self._seed, epoch=epoch)
+        return np.arange(self.samples, dtype=np.int32)
+
+    def _feed(self, rows: np.ndarray, batch_size: int) -> Feed:
+        specs = self._specs(batch_size)
+        assert self._placed is not None
+        return Feed(
+            kind="take",
+            arrays=self._placed,
+            order=self._place(rows),
+            batch_size=batch_size,
+            specs=specs,
+            signature=("take", len(rows), self.samples, _key(specs)),
+        )
+
+    def _specs(self, batch_size: int) -> tuple[Any, ...]:
+        specs: tuple[Any, ...] = self._map(
+            lambda a: Spec((batch_size, *a.shape[1:]), _dtype_name(a)), self.arrays
+        )
+        return specs
+
+    def _host_batches(self, epoch: int) -> Iterator[tuple[Any, ...]]:
+        rows = self._order(epoch)
+        for start in range(0, self.samples, self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            # Sorted reads are kinder to a disk; then back into the drawn order.
+            by_place = np.argsort(batch, kind="stable")
+            back = np.argsort(by_place, kind="stable")
+            yield self._map(
+                lambda a, r=batch[by_place], b=back: np.asarray(
+                    a[r], dtype=_dtype_name(a)
+                )[b],
+                self.arrays,
+            )
+
+
+def _key(specs: tuple[Any, ...]) -> str:
+    return repr(specs)
+
+
+def _dtype_name(array: Any) -> str:
+    """The dtype in which an array's batches are given: floats of a file as floatx."""
+    name = str(getattr(array.dtype, "name", array.dtype))
+    if isinstance(array, np.memmap) and array.dtype.kind == "f":
+        import keras
+
+        return str(keras.config.floatx())
+    return name
+
+
+def _itemsize(array: Any) -> int:
+    return int(getattr(array.dtype, "itemsize", 0) or array.dtype.size)
+
+
+def _common_length(leaves: list[Any]) -> int:
+    lengths = [int(leaf.shape[0]) if len(leaf.shape) else None for leaf in leaves]
+    if None in lengths:
+        raise DataError(
+            "Every array must have a first axis that counts the examples. "
+            f"Received: shapes={[tuple(leaf.shape) for leaf in leaves]}"
+        )
+    if len(set(lengths)) > 1:
+        raise DataError(
+            "All arrays must have the same number of examples (first axis). Make "
+            "sure that x, y and sample_weight belong together. "
+            f"Received: shapes={[tuple(leaf.shape) for leaf in leaves]}"
+        )
+    if not lengths or lengths[0] == 0:
+        raise DataError(
+            "The data are empty: expected at least one example. "
+            f"Received: shapes={[tuple(leaf.shape) for leaf in leaves]}"
+        )
+    return lengths[0] or 0
