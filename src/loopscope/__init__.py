@@ -1,0 +1,53 @@
+"""A training loop for Keras 3 that can be looked into.
+
+Importing this package imports neither Keras nor a framework: each public name
+is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loopscope import datasets, events
+    from loopscope.drop_in import evaluate, fit, predict
+    from loopscope.experiment import Experiment
+    from loopscope.loop import Loop
+    from loopscope.step import value_and_grad
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Experiment": "loopscope.experiment",
+    "Loop": "loopscope.loop",
+    "datasets": "",
+    "evaluate": "loopscope.drop_in",
+    "events": "",
+    "fit": "loopscope.drop_in",
+    "predict": "loopscope.drop_in",
+    "value_and_grad": "loopscope.step",
+}
+
+__all__ = [
+    "Experiment",
+    "Loop",
+    "datasets",
+    "evaluate",
+    "events",
+    "fit",
+    "predict",
+    "value_and_grad",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _HOME[name]:
+        return importlib.import_module(f"{__name__}.{name}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

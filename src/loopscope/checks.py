@@ -1,0 +1,132 @@
+"""What is refused before a step runs.
+
+Each check looks and raises; none changes a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from loopscope.data.arrays import ArraySource
+from loopscope.data.feed import Spec
+from loopscope.data.source import Source
+from loopscope.errors import DataError, UsageError
+
+
+def model(candidate: Any) -> None:
+    """Refuse what is no Keras model or layer."""
+    import keras
+
+    if not isinstance(candidate, keras.Layer):
+        raise UsageError(
+            "Expected a `keras.Model` (or layer) as `model`. "
+            f"Received: model={candidate!r} of type {type(candidate).__name__}"
+        )
+
+
+def compiled(model: Any, phase: str) -> None:
+    """Refuse the built-in step for a model without a loss, or with its own step."""
+    method = getattr(type(model), f"{phase}_step", None)
+    if not getattr(method, "__module__", "keras").startswith("keras."):
+        raise UsageError(
+            f"{type(model).__name__} overrides `{phase}_step`, which the built-in step "
+            f"would pass over. Write it as `@loop.{phase}_step`. "
+            f"Received: {getattr(method, '__qualname__', method)}"
+        )
+    if phase == "predict" or getattr(model, "compiled", False):
+        return
+    raise UsageError(
+        f"The built-in {phase} step needs a loss"
+        f"{' and an optimizer' if phase == 'train' else ''}. Give them: "
+        "`Loop(model, optimizer=..., loss=...)`, compile the model, or write the step "
+        f"yourself with `@loop.{phase}_step`. Received: model={model.name!r}, which is "
+        "not compiled"
+    )
+
+
+def definition(model: Any) -> tuple[Any, ...]:
+    """What a step's program was made from, as identities: equal as long as it holds."""
+    parts = [getattr(model, "optimizer", None), getattr(model, "loss", None)]
+    # Compiling makes a new tracker of the loss; building adds metrics behind it.
+    parts += list(getattr(model, "metrics", ()))[:1]
+    parts += list(model.trainable_variables)
+    return tuple(id(part) for part in parts)
+
+
+def count(name: str, value: Any, *, least: int) -> None:
+    """Refuse what is not a whole number of at least `least`."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise UsageError(
+            f"`{name}` must be a whole number of at least {least}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def build(model: Any, specs: tuple[Any, ...]) -> None:
+    """Call the model symbolically: builds it if need be, refuses wrong shapes."""
+    import keras
+
+    x = keras.tree.map_structure(
+        lambda s: keras.KerasTensor((None, *s.shape[1:]), s.dtype), specs[0]
+    )
+    try:
+        model(x)
+    except Exception as error:
+        raise DataError(
+            "The model does not take these data. "
+            f"Expected: {_expected(model)}. Received: {words(specs[:1])} (the first "
+            f"axis is the batch). The model says: {error}"
+        ) from error
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
+
+
+def labels(model: Any, source: Source) -> None:
+    """Refuse integer labels that are outside of the model's outputs."""
+    if not isinstance(source, ArraySource) or len(source.arrays) < 2:
+        return
+    loss, y = getattr(model, "loss", None), source.arrays[1]
+    name = loss if isinstance(loss, str) else getattr(loss, "name", "")
+    name = name or getattr(loss, "__name__", "")
+    shape = getattr(model, "output_shape", None) if model.built else None
+    if name != "sparse_categorical_crossentropy" or not _is_flat(shape, y):
+        return
+    assert shape is not None
+    values = np.asarray(y)
+    ignored = getattr(loss, "ignore_class", None)
+    if ignored is not None:
+        values = values[values != ignored]
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if low < 0 or high >= shape[-1]:
+        raise DataError(
+            f"Labels must lie in 0..{shape[-1] - 1}: the model has {shape[-1]} "
+            "outputs. "
+            f"Received: y from {low} to {high}. Give the last layer more units, or "
+            "number the classes from 0."
+        )
+
+
+def _is_flat(shape: Any, y: Any) -> bool:
+    return (
+        isinstance(shape, tuple) and isinstance(shape[-1], int) and hasattr(y, "shape")
+    )
+
+
+def _expected(model: Any) -> str:
+    shape = getattr(model, "input_shape", None) if model.built else None
+    return f"input of shape {shape}" if shape else "data that its `call` can take"
+
+
+def words(specs: tuple[Any, ...]) -> str:
+    """A batch's specs as `x=uint8[64, 784], y=uint8[64]`."""
+    import keras
+
+    names = ("x", "y", "sample_weight")
+    parts = [
+        s if isinstance(s, Spec) else keras.tree.map_structure(str, s) for s in specs
+    ]
+    return ", ".join(f"{n}={part}" for n, part in zip(names, parts, strict=False))

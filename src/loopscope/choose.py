@@ -1,0 +1,324 @@
+"""Choosing a gear by measuring.
+
+Short chunks are run in one gear after the other, the surest first, and undone:
+the state afterwards is the state before. A trial is made only where what it can
+bring pays for what it costs, and where the run cannot become longer than the
+plain gear's by more than `SLACK_SHARE` or `SLACK_S`, whichever is more. What was
+measured is kept on disk, so that the next run of the same model knows already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from loopscope.data.feed import Segment
+from loopscope.data.source import Source
+from loopscope.gear import FUSED_GRAPH, FUSED_XLA, GEARS, GRAPH, XLA, Gear
+from loopscope.runner import Runner
+
+SLACK_SHARE, SLACK_S = 0.05, 2.0
+TRIAL_S = 0.15
+"""How long a gear is measured, compilation apart."""
+
+LOSING = 2.5
+"""A trial that is so many times slower than the best ends after one step."""
+
+UNKNOWN_STEPS = 10_000
+"""What is assumed where the source does not know its length."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a gear was measured to cost: seconds."""
+
+    step_s: float
+    compile_s: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The gears chosen, and the figures that speak for them."""
+
+    train: Gear
+    test: Gear
+    reason: str
+    wall_s: float
+    trials: Mapping[str, Trial]
+
+    @property
+    def step_s(self) -> dict[str, float]:
+        """Seconds per step of each gear measured."""
+        return {name: trial.step_s for name, trial in self.trials.items()}
+
+
+def choose(
+    runner: Runner, source: Source, *, steps: int | None, cache: bool = True
+) -> Choice:
+    """The gear in which training `steps` more steps ends first.
+
+    Args:
+        runner: Has the train step, traced on the source's batches.
+        source: Gives a sample of its batches, which is not used up.
+        steps: Training steps that remain; `None` if unknown.
+        cache: Whether to use, and add to, what was measured before.
+    """
+    began = time.perf_counter()
+    key = _signature(runner, source) if cache and _cache_file() else ""
+    known = _recall(key)
+    horizon = UNKNOWN_STEPS if steps is None else steps
+    copies = 2 if source.ragged else 1
+    before = runner.state.snapshot()
+    try:
+        # A longer run than those before may pay for a gear that none has tried.
+        trials = _try_gears(runner, source, horizon, copies, known)
+    except Exception as error:
+        # A step that raises will raise in training too, where it can be told which.
+        plain = runner.backend.gears[0]
+        reason = f"{plain.name}, since a trial raised {type(error).__name__}"
+        return Choice(plain, plain, reason, time.perf_counter() - began, {})
+    finally:
+        runner.state.restore(before)
+        runner.finished = 0
+    if len(trials) > len(known):
+        _remember(key, trials)
+    done = trials.keys() - known.keys()
+
+    def rest_s(name: str) -> float:
+        trial = trials[name]
+        compiled = 1 if name in done else 0
+        return trial.compile_s * (copies - compiled) + trial.step_s * horizon
+
+    best = min(trials, key=rest_s)
+    runner.keep("train", GEARS[best])
+    wall_s = time.perf_counter() - began
+    return Choice(
+        GEARS[best],
+        _test_gear(best, trials, horizon),
+        _reason(best, trials, steps, bool(known)),
+        wall_s,
+        trials,
+    )
+
+
+def _try_gears(
+    runner: Runner,
+    source: Source,
+    steps: int,
+    copies: int,
+    known: Mapping[str, Trial],
+) -> dict[str, Trial]:
+    plain, *others = (g for g in runner.backend.gears if not g.run_eagerly)
+    segment = source.sample()
+    trials = dict(known)
+    if plain.name not in trials:
+        trials[plain.name] = _measure(runner, plain, segment, best_s=None)
+    first = trials[plain.name]
+    total = first.compile_s * copies + first.step_s * steps
+    allowed = max(SLACK_SHARE * total, SLACK_S)
+    spent = 0.0
+    for gear in (g for g in others if g.name not in trials):
+        best_s = min(t.step_s for t in trials.values())
+        hoped_s, cost_s = _forecast(gear, trials)
+        saved = (first.step_s - best_s) * steps
+        gain = (best_s - hoped_s) * steps
+        # A trial that loses has compiled once; one that wins, for each batch size.
+        risk_s = cost_s + TRIAL_S
+        if gain <= cost_s * copies + TRIAL_S or risk_s > allowed + saved - spent:
+            continue
+        began = time.perf_counter()
+        try:
+            trials[gear.name] = _measure(runner, gear, segment, best_s=best_s)
+        except Exception:
+            continue  # A gear that cannot run this step is no choice.
+        finally:
+            spent += time.perf_counter() - began
+    return trials
+
+
+def _forecast(gear: Gear, trials: Mapping[str, Trial]) -> tuple[float, float]:
+    """The seconds per step to hope for, and the seconds of compiling to fear."""
+    if gear == FUSED_GRAPH:
+        plain = trials[GRAPH.name]
+        return plain.step_s - min(0.8 * plain.step_s, 1.5e-3), plain.compile_s
+    if gear == XLA:
+        # XLA opens the way to fused XLA, which saves the cost of a call as well.
+        plain = trials[GRAPH.name]
+        fused = trials.get(FUSED_GRAPH.name, plain)
+        call_s = max(0.0, plain.step_s - fused.step_s)
+        hoped_s = max(0.2 * plain.step_s, 0.5 * plain.step_s - call_s)
+        return hoped_s, max(0.8, 3 * plain.compile_s)
+    if gear == FUSED_XLA and XLA.name in trials:
+        xla = trials[XLA.name]
+        # What fusing saves is the cost of a call: about a millisecond, or what the
+        # graph gears have shown.
+        call_s = min(0.8 * xla.step_s, 1e-3 if GRAPH.name in trials else 0.5e-3)
+        if FUSED_GRAPH.name in trials:
+            shown_s = trials[GRAPH.name].step_s - trials[FUSED_GRAPH.name].step_s
+            call_s = max(call_s, shown_s)
+        return max(0.2 * xla.step_s, xla.step_s - call_s), xla.compile_s
+    return float("inf"), 0.0
+
+
+def _measure(
+    runner: Runner, gear: Gear, segment: Segment, *, best_s: float | None
+) -> Trial:
+    """Run the segment's first steps over and over, for `TRIAL_S`."""
+
+    def run(steps: int) -> tuple[float, float]:
+        part = Segment(segment.feed, segment.start, segment.start + steps)
+        done = runner.run("train", gear, part)
+        return done.wall_s, sum(c.wall_s for c in done.compiled)
+
+    _, compile_s = run(1)
+    most = min(segment.steps, 256)
+    # One step says nothing of a gear that is made for many to a call.
+    steps = min(most, 16) if gear.fused and compile_s < 10 * TRIAL_S else 1
+    wall_s, _ = run(steps)
+    step_s, spent = wall_s / steps, wall_s
+    while spent < TRIAL_S and not (
+        best_s and step_s > LOSING * best_s and spent > 0.02
+    ):
+        steps = min(most, max(1, steps * 4))
+        wall_s, _ = run(steps)
+        step_s = min(step_s, wall_s / steps)
+        spent += wall_s
+    runner.finished = 0
+    return Trial(step_s, max(0.0, compile_s - step_s))
+
+
+def _test_gear(best: str, trials: Mapping[str, Trial], steps: int) -> Gear:
+    """Where compiling under XLA pays for training only just, test without it."""
+    gear = GEARS[best]
+    if not gear.jit_compile or GRAPH.name not in trials:
+        return gear
+    others = [t.step_s for name, t in trials.items() if not GEARS[name].jit_compile]
+    saved = (min(others) - trials[best].step_s) * steps
+    if saved > 5 * trials[best].compile_s:
+        return gear
+    return FUSED_GRAPH if FUSED_GRAPH.name in trials else GRAPH
+
+
+def _reason(
+    best: str, trials: Mapping[str, Trial], steps: int | None, remembered: bool
+) -> str:
+    listed = ", ".join(
+        f"{name} {1e3 * t.step_s:.3g} ms/step" for name, t in trials.items()
+    )
+    length = "an unknown number of" if steps is None else f"{steps:,}"
+    origin = "measured before" if remembered else "measured"
+    text = f"{best} for {length} steps ({origin}: {listed})"
+    slower = [
+        name
+        for name, t in trials.items()
+        if GEARS[name].jit_compile and t.step_s > min(x.step_s for x in trials.values())
+    ]
+    if slower and not GEARS[best].jit_compile:
+        text += "; compiling with XLA does not pay here"
+    return text
+
+
+def _signature(runner: Runner, source: Source) -> str:
+    import keras
+
+    layers = [
+        (type(layer).__name__, _config(layer))
+        for layer in runner.model._flatten_layers()
+    ]
+    optimizer = getattr(runner.model, "optimizer", None)
+    step = runner.stages["train"].step
+    code = getattr(getattr(step, "__func__", step), "__code__", None)
+    parts = [
+        runner.backend.name,
+        runner.backend.device(),
+        [_version(name) for name in ("loopscope", "keras", runner.backend.name)],
+        [platform.machine(), platform.processor(), _cpu(), os.cpu_count(), sys.version],
+        {k: os.environ.get(k) for k in ("XLA_FLAGS", "TF_ENABLE_ONEDNN_OPTS")},
+        layers,
+        type(optimizer).__name__,
+        [(tuple(v.shape), str(v.dtype)) for v in runner.state.variables],
+        keras.tree.map_structure(str, source.specs),
+        hashlib.sha256(code.co_code if code else b"").hexdigest(),
+    ]
+    text = json.dumps(parts, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _config(layer: Any) -> Any:
+    try:
+        config = dict(layer.get_config())
+    except Exception:
+        return None
+    return {
+        k: v for k, v in config.items() if k not in ("name", "layers", "build_config")
+    }
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    return next((line for line in text.splitlines() if "model name" in line), "")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cache_file() -> Path | None:
+    """Where measurements are kept; `LOOPSCOPE_CACHE=0` turns the cache off."""
+    chosen = os.environ.get("LOOPSCOPE_CACHE", "")
+    if chosen == "0":
+        return None
+    if chosen:
+        return Path(chosen) / "gears.json"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "loopscope" / "gears.json"
+
+
+def _read_cache() -> dict[str, Any]:
+    file = _cache_file()
+    try:
+        content = json.loads(file.read_text()) if file else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _recall(key: str) -> dict[str, Trial]:
+    try:
+        return {
+            name: Trial(*map(float, seconds))
+            for name, seconds in _read_cache().get(key, {}).items()
+            if name in GEARS
+        }
+    except (TypeError, ValueError, AttributeError):
+        return {}  # Not what this version writes.
+
+
+def _remember(key: str, trials: Mapping[str, Trial]) -> None:
+    file = _cache_file()
+    if not key or file is None:
+        return
+    content = _read_cache()
+    content[key] = {n: (t.step_s, t.compile_s) for n, t in trials.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(file)
+    except OSError:
+        return  # A cache that cannot be written is only slower.

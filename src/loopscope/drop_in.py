@@ -1,0 +1,73 @@
+"""`loopscope.fit(model, ...)`: a compiled model's own methods, run by a loop.
+
+For people who have `model.compile(...)` and `model.fit(...)` already: the name in
+front is all that changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from loopscope.loop import Loop
+
+_LOOPS: weakref.WeakKeyDictionary[Any, Loop] = weakref.WeakKeyDictionary()
+
+
+def fit(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Train a compiled model: `model.fit(...)`, in the gear that pays.
+
+    A second call goes on where the first stopped, with what it had compiled.
+
+    Example:
+        ```python
+        history = loopscope.fit(model, x_train, y_train, batch_size=64, epochs=5)
+        ```
+
+    Args:
+        model: A compiled `keras.Model`.
+        *args: As in `keras.Model.fit`.
+        **kwargs: As in `keras.Model.fit`.
+
+    Returns:
+        A `keras.callbacks.History`.
+
+    Raises:
+        UsageError: Before training, with everything as it was.
+    """
+    return _loop(model).fit(*args, **kwargs)
+
+
+def evaluate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Loss and metrics of a compiled model: `model.evaluate(...)`.
+
+    Args:
+        model: A compiled `keras.Model`.
+        *args: As in `keras.Model.evaluate`.
+        **kwargs: As in `keras.Model.evaluate`.
+
+    Returns:
+        A float, a list of floats, or with `return_dict=True` a dict by name.
+    """
+    return _loop(model).evaluate(*args, **kwargs)
+
+
+def predict(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The outputs of a model: `model.predict(...)`.
+
+    Args:
+        model: A `keras.Model`.
+        *args: As in `keras.Model.predict`.
+        **kwargs: As in `keras.Model.predict`.
+
+    Returns:
+        NumPy arrays in the structure of the model's output, one row an example.
+    """
+    return _loop(model).predict(*args, **kwargs)
+
+
+def _loop(model: Any) -> Loop:
+    loop = _LOOPS.get(model)
+    if loop is None:
+        loop = _LOOPS[model] = Loop(model)
+    return loop

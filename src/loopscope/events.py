@@ -1,0 +1,132 @@
+"""What a loop tells those who listen: frozen records, in the order they happen.
+
+Listeners (callbacks, progress, later the run on disk) get them through
+`loop.subscribe`. Nothing flows back but a decision to stop (`loop.stop()`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Phase = Literal["train", "test", "predict"]
+PHASES: tuple[Phase, ...] = ("train", "test", "predict")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True)
+class TrainBegin(Event):
+    """Training starts. `epochs` may be `None` where the user decides."""
+
+    epochs: int | None
+
+
+@dataclass(frozen=True)
+class EpochBegin(Event):
+    """An epoch starts; metrics have just been reset."""
+
+    epoch: int
+    epochs: int | None
+
+
+@dataclass(frozen=True)
+class PhaseBegin(Event):
+    """A pass over data starts. `steps` is `None` where unknown."""
+
+    phase: Phase
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class ChunkBegin(Event):
+    """Steps are about to run; `index` counts within the pass."""
+
+    phase: Phase
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkEnd(Event):
+    """Steps have run; variables are current.
+
+    Attributes:
+        phase: Which step ran.
+        index: Position in the pass of the first step.
+        steps: How many steps.
+        step: Global number of the first step (`train`), else -1.
+        samples: Examples seen in this pass so far.
+        outputs: Each step's return value by name (`"loss"` for a scalar), arrays
+            of shape `(steps,)`.
+        wall_s: Seconds, data excluded.
+        logs: Reads the pass's metrics so far; waits for the device.
+    """
+
+    phase: Phase
+    index: int
+    steps: int
+    step: int
+    samples: int
+    outputs: Mapping[str, np.ndarray]
+    wall_s: float
+    logs: Callable[[], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class PhaseEnd(Event):
+    """A pass over data has ended; `logs` are its metrics."""
+
+    phase: Phase
+    steps: int
+    logs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EpochEnd(Event):
+    """An epoch has ended; `logs` hold train and `val_` metrics."""
+
+    epoch: int
+    logs: Mapping[str, Any]
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class TrainEnd(Event):
+    """Training has ended, for whatever reason."""
+
+    logs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled(Event):
+    """A program was made: a trace and, under XLA, a compilation.
+
+    Attributes:
+        phase: Of which step.
+        gear: The gear's name.
+        wall_s: Seconds until the program had run once.
+        changed: Why one more was needed: each argument whose shape or dtype
+            differs from the first program's, as "path: was -> is". Empty for the
+            first program of a phase and gear.
+    """
+
+    phase: Phase
+    gear: str
+    wall_s: float
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GearChosen(Event):
+    """`auto` has decided; `reason` is one line."""
+
+    gear: str
+    reason: str
+    wall_s: float
+    measured: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,145 @@
+"""An experiment: a loop and its data, which a command can import and run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from loopscope.errors import ExperimentError
+from loopscope.loop import Loop
+
+BUILT_IN = {"mnist": "loopscope.experiments.mnist:mnist"}
+
+
+class Experiment:
+    """A loop, and the arguments of its `fit`.
+
+    Example:
+        ```python
+        def experiment():
+            loop = Loop(build_model(), "adam", "mse", seed=0)
+            return loopscope.Experiment(loop, x=x, y=y, epochs=10, batch_size=64)
+        ```
+
+    Args:
+        loop: The loop.
+        **arguments: Arguments of `Loop.fit`, by name.
+
+    Raises:
+        ExperimentError: No loop, or an argument that `fit` does not have.
+    """
+
+    def __init__(self, loop: Loop, **arguments: Any) -> None:
+        if not isinstance(loop, Loop):
+            raise ExperimentError(
+                "An Experiment needs a `loopscope.Loop` first. "
+                f"Received: loop of type {type(loop).__name__}"
+            )
+        known = list(inspect.signature(Loop.fit).parameters)[1:]
+        unknown = [name for name in arguments if name not in known]
+        if unknown:
+            raise ExperimentError(
+                f"`Loop.fit` has no argument {unknown[0]!r}. "
+                f"It has: {', '.join(known)}. Received: {sorted(arguments)}"
+            )
+        self.loop = loop
+        self.arguments = arguments
+
+    def fit(self, **changes: Any) -> Any:
+        """Train; `changes` win over the experiment's own arguments."""
+        return self.loop.fit(**{**self.arguments, **changes})
+
+    def train_source(self) -> Any:
+        """The training data as a source."""
+        names = ("x", "y", "sample_weight", "batch_size", "shuffle", "steps_per_epoch")
+        given = {n: v for n, v in self.arguments.items() if n in names}
+        return self.loop.source(**given)
+
+
+def load(name: str, *, seed: int = 0) -> Experiment:
+    """Import an experiment by name and make it.
+
+    Seeds Python, NumPy and the backend first, so that the same name gives the
+    same initial weights.
+
+    Args:
+        name: `package.module:function`, `file.py:function`, or a built-in name.
+        seed: For `keras.utils.set_random_seed`.
+
+    Raises:
+        ExperimentError: It cannot be imported, raises, or returns something else.
+    """
+    function = _function(BUILT_IN.get(name, name))
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    try:
+        experiment = function()
+    except Exception as error:
+        raise ExperimentError(
+            f"Experiment {name!r} could not be made: its function raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(experiment, Experiment):
+        raise ExperimentError(
+            f"Experiment {name!r} must return a `loopscope.Experiment(loop, ...)`. "
+            f"Received: {type(experiment).__name__}"
+        )
+    return experiment
+
+
+def _function(name: str) -> Callable[[], Any]:
+    place, colon, attribute = name.rpartition(":")
+    if not colon or not place or not attribute:
+        raise ExperimentError(
+            "An experiment is named `package.module:function`, `file.py:function`, or "
+            f"one of {', '.join(map(repr, BUILT_IN))}. Received: {name!r}"
+        )
+    module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ExperimentError(
+            f"{place!r} has no function {attribute!r}. It has: "
+            f"{', '.join(n for n in vars(module) if not n.startswith('_'))}"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def _module(name: str) -> ModuleType:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
+def _file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ExperimentError(
+            f"There is no file {str(path)!r}. Expected the path of a Python file that "
+            "holds the experiment's function."
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _failed(str(path), error) from error
+    return module
+
+
+def _failed(name: str, error: Exception) -> ExperimentError:
+    return ExperimentError(
+        f"{name!r} could not be imported: {type(error).__name__}: {error}"
+    )

@@ -1,0 +1,551 @@
+"""The training loop. There is only this one.
+
+`fit`, `evaluate`, `predict` and a `for` of the user's own all come down to
+`Loop._pass`: take a segment of steps from a source, run it, tell what happened.
+How a segment is executed is the runner's part; where data come from, the
+source's; what is done with the news, the listeners'.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from loopscope import backend as backends
+from loopscope import checks, keras_methods, step
+from loopscope.choose import choose
+from loopscope.compare import GearReport, compare, first_step_difference
+from loopscope.data.feed import Segment
+from loopscope.data.source import Source, as_source
+from loopscope.epoch import Epoch
+from loopscope.errors import DataError, UsageError
+from loopscope.events import (
+    PHASES,
+    ChunkBegin,
+    ChunkEnd,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    GearChosen,
+    Phase,
+    PhaseBegin,
+    PhaseEnd,
+    TrainBegin,
+    TrainEnd,
+)
+from loopscope.gear import AUTO, EAGER, Gear, resolve
+from loopscope.meters import Meters
+from loopscope.runner import Done, Runner
+from loopscope.state import State
+
+CHUNK_S = 0.25
+"""What a chunk aims to last: often enough for progress and Ctrl-C."""
+
+Listener = Callable[[Event], None]
+
+
+class Loop:
+    """A training loop for a Keras model, open to whoever wants to look inside.
+
+    Example:
+        ```python
+        loop = Loop(
+            model,
+            optimizer="rmsprop",
+            metrics=["accuracy"],
+            loss="sparse_categorical_crossentropy",
+            seed=0,
+        )
+        history = loop.fit(x_train, y_train, batch_size=64, epochs=5)
+        ```
+
+    Args:
+        model: A `keras.Model`. Compiled already, or to be compiled from the
+            parts that follow. With a step of your own it may stay uncompiled.
+        optimizer: As in `keras.Model.compile`: an object or a name.
+        loss: As in `keras.Model.compile`.
+        metrics: As in `keras.Model.compile`.
+        loss_weights: As in `keras.Model.compile`.
+        weighted_metrics: As in `keras.Model.compile`.
+        gear: How steps are executed: `"eager"`, `"graph"`, `"xla"`,
+            `"fused-graph"`, `"fused-xla"` (the last four as far as the backend
+            has them), or `"auto"`: measure a few and take the one that pays.
+        seed: Keys the order of examples, with the epoch. `None` draws one from
+            Python's `random`, which `keras.utils.set_random_seed` seeds.
+        run_eagerly: Keras's word for `gear="eager"`.
+        jit_compile: Keras's word for a gear with XLA.
+        steps_per_execution: Keras's word for a fused gear; also bounds a chunk.
+        cache: Whether `"auto"` may use what it measured before.
+
+    Raises:
+        GearError: No such gear on this backend. The model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        loss: Any = None,
+        metrics: Any = None,
+        *,
+        loss_weights: Any = None,
+        weighted_metrics: Any = None,
+        gear: str | Gear = AUTO,
+        seed: int | None = None,
+        run_eagerly: bool | None = None,
+        jit_compile: bool | str | None = None,
+        steps_per_execution: int | None = None,
+        cache: bool = True,
+    ) -> None:
+        self.backend = backends.current()
+        checks.model(model)
+        if (
+            gear == AUTO
+            and run_eagerly is None
+            and getattr(model, "run_eagerly", False)
+        ):
+            run_eagerly = True
+        self._gear = resolve(
+            gear,
+            self.backend.gears,
+            backend=self.backend.name,
+            run_eagerly=run_eagerly,
+            jit_compile=jit_compile,
+            steps_per_execution=steps_per_execution,
+        )
+        self._auto = self._gear is None
+        self._cache = cache
+        self._test_gear = self._gear
+        self.model = model
+        self.seed = random.randrange(2**31) if seed is None else int(seed)
+        self.step = 0
+        """How many steps this loop has trained."""
+        self._own: dict[Phase, Callable[..., Any]] = {}
+        self._runner = Runner(model, self.backend)
+        self._listeners: list[Listener] = []
+        self._chunk_limits: list[Mapping[Phase, int]] = []
+        if steps_per_execution is not None:
+            self._chunk_limits.append(dict.fromkeys(PHASES, steps_per_execution))
+        self._stopping = False
+        self._failed = False
+        self._definition: tuple[Any, ...] = ()
+        self._step_s: dict[Phase, float] = {}
+        self._compile(optimizer, loss, metrics, loss_weights, weighted_metrics)
+
+    def _compile(
+        self, optimizer: Any, loss: Any, metrics: Any, weights: Any, weighted: Any
+    ) -> None:
+        if all(p is None for p in (optimizer, loss, metrics, weights, weighted)):
+            return
+        if optimizer is None:
+            optimizer = getattr(self.model, "optimizer", None) or "rmsprop"
+        self.model.compile(
+            optimizer=optimizer,
+            loss=loss,
+            metrics=metrics,
+            loss_weights=weights,
+            weighted_metrics=weighted,
+        )
+
+    # The steps.
+
+    def train_step(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """One optimizer update. Override it, or decorate a function with it.
+
+        As a decorator it takes a function of the parts of a batch, which returns
+        a scalar loss or a dict of scalars; it is traced into every gear:
+
+            @loop.train_step
+            def train_step(x, y): ...
+
+        Returns:
+            The loss, a scalar tensor (or, as a decorator, the function).
+        """
+        if _is_step(x, y, self.backend):
+            return self._adopt("train", x)
+        return step.train_step(self.model, x, y, sample_weight)
+
+    def test_step(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """Loss and metrics of a batch. Override it, or decorate with it."""
+        if _is_step(x, y, self.backend):
+            return self._adopt("test", x)
+        return step.test_step(self.model, x, y, sample_weight)
+
+    def predict_step(self, x: Any) -> Any:
+        """The model's output for a batch. Override it, or decorate with it."""
+        if _is_step(x, None, self.backend):
+            return self._adopt("predict", x)
+        return step.predict_step(self.model, x)
+
+    def _adopt(self, phase: Phase, function: Callable[..., Any]) -> Any:
+        self._own[phase] = function
+        self._runner.forget()
+        return function
+
+    def _stage(self, phase: Phase) -> None:
+        """Make the runner know the phase's step; forget what has gone stale."""
+        definition = checks.definition(self.model)
+        if definition != self._definition:
+            self._runner.forget()
+        given = self._own.get(phase) or getattr(self, f"{phase}_step")
+        base = getattr(Loop, f"{phase}_step")
+        own = getattr(given, "__func__", given) is not base
+        if not own:
+            checks.compiled(self.model, phase)
+        self._runner.stage(phase, given, own=own)
+        self._definition = checks.definition(self.model)
+
+    # What can be asked.
+
+    @property
+    def gear(self) -> Gear | None:
+        """The gear that training runs in; `None` until `auto` has chosen."""
+        return self._gear
+
+    @gear.setter
+    def gear(self, gear: str | Gear) -> None:
+        self._gear = self._test_gear = resolve(
+            gear, self.backend.gears, backend=self.backend.name
+        )
+
+    @property
+    def state(self) -> State:
+        """Every variable that a step reads or writes, in a stable order."""
+        return self._runner.state
+
+    def subscribe(
+        self, listener: Listener, *, chunk_steps: Mapping[Phase, int] | None = None
+    ) -> None:
+        """Send every event to `listener`.
+
+        Args:
+            listener: Called with each `loopscope.events.Event`, in order.
+            chunk_steps: The most steps, by phase, that may lie between two events.
+        """
+        self._listeners.append(listener)
+        self._chunk_limits.append(chunk_steps or {})
+
+    def unsubscribe(
+        self, listener: Listener, *, chunk_steps: Mapping[Phase, int] | None = None
+    ) -> None:
+        """Undo `subscribe` with the same arguments."""
+        self._listeners.remove(listener)
+        self._chunk_limits.remove(chunk_steps or {})
+
+    def stop(self) -> None:
+        """End training after the chunk that is running."""
+        self._stopping = True
+
+    def _emit(self, event: Event) -> None:
+        for listener in tuple(self._listeners):
+            listener(event)
+
+    def _note(self, error: BaseException, where: str) -> None:
+        """Tell an error the step it was raised at; the first note counts."""
+        if not any(n.startswith("loopscope:") for n in getattr(error, "__notes__", ())):
+            error.add_note(
+                f"loopscope: raised {where} (global step {self.step}); the variables "
+                "are as the last finished step left them."
+            )
+
+    # Keras's three words.
+
+    fit = keras_methods.fit
+    evaluate = keras_methods.evaluate
+    predict = keras_methods.predict
+
+    # The loop.
+
+    def source(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        steps_per_epoch: int | None = None,
+    ) -> Source:
+        """A source of batches in this loop's order, to train on more than once.
+
+        Args:
+            x: Arrays, or a dict or tuple of them, or an iterable of batches.
+            y: Arrays of the same length, or `None`.
+            sample_weight: Arrays of the same length, or `None`.
+            batch_size: Examples of a step; 32 if not given. Arrays only.
+            shuffle: Whether each epoch has an order of its own. Arrays only.
+            steps_per_epoch: The steps of an epoch, where not all.
+
+        Raises:
+            DataError: Data that no step could be run on.
+        """
+        return as_source(
+            x,
+            y,
+            sample_weight,
+            backend=self.backend,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            steps_per_epoch=steps_per_epoch,
+        )
+
+    def epochs(self, epochs: int, *, initial_epoch: int = 0) -> Iterator[Epoch]:
+        """The outer loop: one `Epoch` after the other, metrics reset before each.
+
+        Example:
+            ```python
+            for epoch in loop.epochs(5):
+                for step in epoch.train(train, every=200):
+                    print(step.index, step.loss)
+                epoch.validate(val)
+                print(epoch.metrics, epoch.seconds)
+            ```
+
+        Args:
+            epochs: The number at which to stop.
+            initial_epoch: The number to start with.
+
+        Yields:
+            An `Epoch`, open until the next one is asked for.
+        """
+        checks.count("epochs", epochs, least=0)
+        checks.count("initial_epoch", initial_epoch, least=0)
+        return self._epochs(initial_epoch, epochs)
+
+    def _epochs(self, initial_epoch: int, epochs: int) -> Iterator[Epoch]:
+        self._stopping = self._failed = False
+        logs: Mapping[str, Any] = {}
+        try:
+            self._emit(TrainBegin(epochs))
+            for number in range(initial_epoch, epochs):
+                epoch = Epoch(self, number, epochs)
+                self._emit(EpochBegin(number, epochs))
+                try:
+                    yield epoch
+                finally:
+                    logs = epoch.close()
+                    if not self._failed:
+                        self._emit(EpochEnd(number, logs, epoch.seconds))
+                if self._stopping:
+                    break
+        except (Exception, KeyboardInterrupt) as error:
+            self._failed = True
+            self._note(error, "between steps")
+            raise
+        finally:
+            if not self._failed:
+                self._emit(TrainEnd(logs))
+
+    def run_pass(
+        self,
+        phase: Phase,
+        source: Source,
+        meters: Meters | None,
+        *,
+        epoch: int = 0,
+        epochs_left: int = 1,
+        limit: int | None = None,
+        every: int | None = None,
+    ) -> Iterator[ChunkEnd]:
+        """Run a source once, chunk by chunk: the loop that everything is.
+
+        A chunk ends at the latest after each step whose index is a multiple of
+        `every`, after `limit` steps, and where a listener wants to be told. Where
+        chunks end changes no bit of the result.
+        """
+        limit = source.steps if limit is None else limit
+        index = samples = 0
+        try:
+            gear = self.prepare(phase, source, epochs_left=epochs_left)
+            data = source.open(epoch)
+            self._emit(PhaseBegin(phase, limit))
+            try:
+                while (limit is None or index < limit) and not self._stopping:
+                    most = self._chunk_steps(phase, source, index, limit, every)
+                    segment = data.take(most)
+                    if segment is None:
+                        break
+                    self._emit(ChunkBegin(phase, index))
+                    done = self._run(phase, gear, segment)
+                    samples += segment.steps * segment.feed.batch_size
+                    if meters is not None:
+                        meters.add(done.outputs, segment.steps)
+                    chunk = ChunkEnd(
+                        phase,
+                        index,
+                        segment.steps,
+                        self.step - segment.steps,
+                        samples,
+                        done.outputs,
+                        done.wall_s,
+                        meters.results if meters is not None else dict,
+                    )
+                    index += segment.steps
+                    self._emit(chunk)
+                    yield chunk
+            finally:
+                data.close()
+            self._emit(PhaseEnd(phase, index, meters.results() if meters else {}))
+        except (Exception, KeyboardInterrupt) as error:
+            self._failed = True
+            if phase == "train":
+                self.step += self._runner.finished
+            at = index + self._runner.finished
+            self._runner.finished = 0
+            self._note(error, f"at {phase} step {at} of epoch {epoch}")
+            raise
+
+    def _run(self, phase: Phase, gear: Gear, segment: Segment) -> Done:
+        done = self._runner.run(phase, gear, segment)
+        if phase == "train":
+            self.step += self._runner.finished
+        self._runner.finished = 0
+        for compiled in done.compiled:
+            self._emit(compiled)
+        steps = segment.steps - len(done.compiled)
+        if steps:
+            self._step_s[phase] = done.wall_s / steps
+        return done
+
+    def _chunk_steps(
+        self,
+        phase: Phase,
+        source: Source,
+        index: int,
+        limit: int | None,
+        every: int | None,
+    ) -> int:
+        most = self._runner.capacity(phase, source.specs)
+        most = min([most, *(c[phase] for c in self._chunk_limits if phase in c)])
+        if limit is not None:
+            most = min(most, limit - index)
+        if every is not None:
+            most = min(most, -index % every + 1)
+        pace = self._step_s.get(phase)
+        return max(1, min(most, 8 if pace is None else int(CHUNK_S / pace)))
+
+    def test(self, source: Source) -> dict[str, Any]:
+        """Run the test step over a source; the metrics' values by name."""
+        self._failed = self._stopping = False
+        meters = self.meters("test")
+        suspended = meters.suspend()
+        meters.reset()
+        try:
+            for _ in self.run_pass("test", source, meters):
+                pass
+            return meters.results()
+        finally:
+            meters.resume(suspended)
+
+    def prepare(self, phase: Phase, source: Source, *, epochs_left: int = 1) -> Gear:
+        """Refuse what can be refused before a step runs; choose the gear.
+
+        Raises:
+            UsageError: Naming what was expected and received. Variables, optimizer
+                and metrics are as they were.
+        """
+        self._stage(phase)
+        stage = self._runner.stages[phase]
+        gear = self._gear if phase == "train" else self._test_gear
+        if not stage.own and source not in stage.checked:
+            checks.build(self.model, source.specs)
+            checks.labels(self.model, source)
+            stage.checked.append(source)
+        if not (stage.own and gear is not None and gear.run_eagerly):
+            gear = self._trace(phase, source, gear)
+        if gear is None and phase == "train":
+            gear = self._choose(source, epochs_left)
+        return gear or self.backend.gears[0]
+
+    def _trace(self, phase: Phase, source: Source, gear: Gear | None) -> Gear | None:
+        """Trace the phase's step; where only `auto` asked for it, eager will do."""
+        stage = self._runner.stages[phase]
+        try:
+            self._runner.trace(phase, source.specs)
+        except UsageError:
+            raise
+        except Exception as error:
+            received = checks.words(source.specs)
+            if not stage.own:
+                raise DataError(
+                    f"The {phase} step cannot run on these data. Received: {received}. "
+                    f"Keras says: {error}"
+                ) from error
+            if gear is not None or self._gear is not None or phase != "train":
+                error.add_note(
+                    f"loopscope: raised while tracing the {phase} step on {received}; "
+                    "no step was run. Gear 'eager' runs steps without tracing them."
+                )
+                raise
+            cause = (str(error).strip().splitlines() or [""])[-1].strip()
+            reason = f"eager, since the step cannot be traced ({cause})"
+            warnings.warn(reason, stacklevel=5)
+            self.gear = EAGER
+            self._emit(GearChosen(EAGER.name, reason, 0.0))
+            return EAGER
+        return gear
+
+    def _choose(self, source: Source, epochs_left: int) -> Gear:
+        steps = None if source.steps is None else source.steps * epochs_left
+        choice = choose(self._runner, source, steps=steps, cache=self._cache)
+        self._gear, self._test_gear = choice.train, choice.test
+        self._emit(
+            GearChosen(choice.train.name, choice.reason, choice.wall_s, choice.step_s)
+        )
+        return choice.train
+
+    def compare(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int | None = None,
+        progress: Callable[[str], None] = lambda gear: None,
+    ) -> list[GearReport]:
+        """Measure every gear on this loop's train step. The loop stays as it is.
+
+        Costs about a second a gear, and compiling it (seconds; a fused loop of
+        convolutions under XLA can take minutes).
+
+        Args:
+            x: Data as in `fit`.
+            y: Data as in `fit`.
+            sample_weight: Data as in `fit`.
+            batch_size: Examples of a step, for arrays.
+            progress: Told the name of each gear before it is measured.
+
+        Returns:
+            A `GearReport` for every gear there is, those that the backend lacks
+            included.
+        """
+        source = self.source(x, y, sample_weight, batch_size=batch_size)
+        chosen = self.prepare("train", source)
+        return compare(self._runner, source, chosen=chosen, progress=progress)
+
+    def first_step_difference(self, source: Source) -> float:
+        """How far this loop's gear is from eager in one step from the state of now.
+
+        The largest over outputs and variables of ‖a - b‖ / ‖a‖. The loop
+        stays as it is.
+        """
+        gear = self.prepare("train", source)
+        return first_step_difference(self._runner, source, gear)
+
+    def meters(self, phase: Phase) -> Meters:
+        """The metrics that belong to a phase's step."""
+        self._stage(phase)
+        stage = self._runner.stages[phase]
+        # An own step updates the model's metrics by name, or through the built-in one.
+        called = {"compute_metrics", f"{phase}_step"} & stage.found.names
+        of_model = not stage.own or bool(called)
+        model = self.model if of_model else None
+        return Meters(model, stage.found.metrics, self.backend)
+
+
+def _is_step(x: Any, y: Any, backend: Any) -> bool:
+    """Whether a step method was called as a decorator."""
+    return y is None and callable(x) and not backend.is_tensor(x)

@@ -1,0 +1,44 @@
+"""What every test stands on: a clean Keras, a cache of its own, no thread left over."""
+
+import gc
+import threading
+
+import keras
+import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def clean_keras():
+    """Names, seeds and the dtype policy start the same in each test."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
+    yield
+    keras.config.set_dtype_policy(policy)
+    keras.config.set_floatx(floatx)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """What `auto` has measured in one test is not known in the next."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LOOPSCOPE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left():
+    """A test that leaves a prefetch thread behind fails."""
+    before = set(threading.enumerate())
+    yield
+    gc.collect(0)
+    left = [
+        t for t in threading.enumerate() if t not in before and "loopscope" in t.name
+    ]
+    for thread in left:
+        thread.join(2)
+    assert not [t for t in left if t.is_alive()], "a source's thread outlived the test"
