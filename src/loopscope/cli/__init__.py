@@ -1,0 +1,24 @@
+"""The program `loopscope`. One file a command; frameworks are imported late."""
+
+from __future__ import annotations
+
+import click
+
+from loopscope.cli.compare import compare
+from loopscope.cli.mnist import mnist
+from loopscope.cli.train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="loopscope")
+def main() -> None:
+    """A training loop for Keras 3 that can be looked into.
+
+    EXPERIMENT is `package.module:function` or `file.py:function`, a function that
+    returns a `loopscope.Experiment`; `mnist` names the built-in one.
+    """
+
+
+main.add_command(mnist)
+main.add_command(train)
+main.add_command(compare)

@@ -1,0 +1,112 @@
+"""What every command shares: its options, its exits, the start of a framework."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import click
+
+BACKENDS = ("tensorflow", "jax")
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document, nothing else."
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="The Keras backend.  [default: KERAS_BACKEND, else the one installed]",
+)
+seed_option = click.option(
+    "--seed", default=0, show_default=True, help="Of weights and order of examples."
+)
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the exits of the program: 0, 1 for bad news, 2 for wrong use."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from loopscope.errors import BackendError, UsageError
+
+        try:
+            code = function(*args, **kwargs)
+        except (UsageError, BackendError) as error:
+            click.echo(f"loopscope: {error}", err=True)
+            for note in getattr(error, "__notes__", ()):
+                if not note.startswith("loopscope: raised at"):
+                    click.echo(note, err=True)
+            sys.exit(2)
+        except KeyboardInterrupt as error:
+            notes = " ".join(getattr(error, "__notes__", ["loopscope: interrupted"]))
+            click.echo(f"\n{notes}", err=True)
+            sys.exit(130)
+        sys.exit(code or 0)
+
+    return run
+
+
+def start_backend(name: str | None) -> str:
+    """Choose the Keras backend and import it; its name.
+
+    Raises:
+        BackendError: No framework is installed, or Keras has another one.
+    """
+    from loopscope import backend
+    from loopscope.errors import BackendError
+
+    if name is not None:
+        os.environ["KERAS_BACKEND"] = name
+    elif "KERAS_BACKEND" not in os.environ:
+        installed = [b for b in BACKENDS if find_spec(b) is not None]
+        if not installed:
+            raise BackendError(
+                "No framework is installed. Install one of the extras: "
+                "`pip install 'loopscope[tensorflow]'` or "
+                "`pip install 'loopscope[jax]'`."
+            )
+        os.environ["KERAS_BACKEND"] = installed[0]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _quiet_start():
+        room = backend.current()
+        # Keras loads whatever else it seeds (TensorFlow, on JAX) here.
+        import keras
+
+        keras.utils.set_random_seed(0)
+    return room.name
+
+
+def print_json(document: Any) -> None:
+    """Print the one JSON document of a command."""
+    click.echo(json.dumps(document, indent=2, allow_nan=True, default=float))
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Hold back what frameworks write to standard error while they are loaded.
+
+    TensorFlow says which drivers it did not find before any log level counts. If
+    loading fails, what was held back is written after all.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            held.seek(0)
+            os.write(2, held.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,60 @@
+"""Where a training stands, on one live line of a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from loopscope.events import ChunkEnd, Event, GearChosen, PhaseBegin, PhaseEnd
+
+
+class ProgressLine:
+    """Listens to a loop and shows the steps of the running pass.
+
+    Shows nothing where standard error is no terminal.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, highlight=False),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[ProgressLine]:
+        """Show the line for the duration of a block."""
+        with self._progress:
+            yield self
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        match event:
+            case PhaseBegin(phase=phase, steps=steps):
+                self._task = self._progress.add_task(phase, total=steps, loss="")
+            case ChunkEnd(steps=steps, outputs=outputs) if self._task is not None:
+                loss = outputs.get("loss") if isinstance(outputs, dict) else None
+                text = "" if loss is None else f"loss {float(loss[-1]):.4f}"
+                self._progress.update(self._task, advance=steps, loss=text)
+            case PhaseEnd() if self._task is not None:
+                self._progress.remove_task(self._task)
+                self._task = None
+            case GearChosen(reason=reason):
+                self._progress.console.print(f"gear: {reason}", soft_wrap=True)
