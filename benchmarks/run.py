@@ -1,0 +1,335 @@
+"""`make bench`: everyone side by side, round after round, in one go.
+
+Each backend has a worker process, and they take turns: in a round every peer of
+every backend trains one epoch, while all others idle, so that a slow spell of the
+machine meets all of them. What is reported are medians, their spread, and ratios
+taken within a round. Nothing is timed before everyone has compiled, and everyone
+must have trained to the same losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from workloads import WORKLOADS
+
+HERE = Path(__file__).parent
+BACKENDS = ("tensorflow", "jax")
+PATIENCE_S = 60.0
+"""How long a program that may be hopeless can take for its first step, or epoch."""
+
+TOO_SLOW = 3.0
+"""What is so many times slower than the best is measured once, not in rounds."""
+
+# Compiling or running these can take minutes on a CPU (convolutions and random
+# numbers inside of a loop under XLA). Each gets a process of its own, which is ended
+# when it takes too long; what was measured until then is reported.
+RISKY = {
+    ("tensorflow", "loopscope fused-xla"): (
+        "convnet",
+        "batchnorm",
+        "dropout",
+        "transformer",
+    ),
+    ("jax", "loopscope fused-xla"): ("convnet", "batchnorm", "transformer"),
+    ("jax", "lax.scan by hand"): ("convnet", "batchnorm", "transformer"),
+}
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+
+class Worker:
+    """A process that has one backend loaded and trains when told to.
+
+    Args:
+        backend: Keras's backend in it.
+        one_thread: One core and one BLAS thread, for the floor.
+    """
+
+    def __init__(self, backend: str, *, one_thread: bool = False) -> None:
+        environment = {
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "LOOPSCOPE_CACHE": "0",
+        }
+        if one_thread:
+            environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+            environment |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            cwd=HERE,
+        )
+        if one_thread and hasattr(os, "sched_setaffinity"):
+            cores = os.sched_getaffinity(0)
+            os.sched_setaffinity(self._process.pid, {max(cores)})
+
+    def ask(
+        self, do: str, *, patience_s: float | None = None, **arguments: Any
+    ) -> dict[str, Any]:
+        """Send a command, wait for its answer; end the process if it is late."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": f"the worker has ended: {self._last_words()}"}
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._process.stdout, selectors.EVENT_READ)
+            if not ready.select(patience_s):
+                self.close()
+                return {"error": f"no answer within {patience_s:.0f} s", "late": do}
+        line = self._process.stdout.readline()
+        if not line:
+            return {"error": f"the worker has ended: {self._last_words()}"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        return " ".join(self._log.read().splitlines()[-2:])[-300:]
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def peers_of(backend: str, workload: str, quick: bool) -> list[tuple[str, str]]:
+    """(module, peer) of everyone who trains a workload on a backend."""
+    gears = ["auto", "graph", "fused-graph", "xla", "fused-xla", "eager"]
+    by_hand = ["eager loop", "tf.function loop", "tf.function loop, XLA, prefetch"]
+    fits = ["keras.fit", "keras.fit, best setting"]
+    if backend == "tensorflow":
+        theirs = [*by_hand, *fits, "whole epoch by hand"]
+    else:
+        gears = ["auto", "xla", "fused-xla"]
+        theirs = [*fits, "jit by hand", "lax.scan by hand"]
+    around: list[str] = []
+    if workload == "mlp":
+        around = ["bare fused loop", "bare fused loop and validation"]
+        around += ["loopscope fit with validation"]
+        if backend == "tensorflow":
+            theirs.append("whole epoch by hand, TensorFlow operations only")
+    if quick:
+        gears = [g for g in gears if g not in ("eager", "graph")]
+        theirs.remove("keras.fit")
+        around = around if backend == "tensorflow" else []
+    return [
+        *((f"peers_{backend}", peer) for peer in theirs),
+        *(("ours", f"loopscope {gear}") for gear in gears),
+        *(("ours", peer) for peer in around),
+    ]
+
+
+@contextmanager
+def workers_for(
+    workload: str, backends: list[str], quick: bool
+) -> Iterator[list[tuple[Worker, Row]]]:
+    """Everyone who is to train, each with the process that it trains in.
+
+    New processes for each workload: what one has compiled is no weight on the next.
+    """
+    started: list[Worker] = []
+    made: list[tuple[Worker, Row]] = []
+
+    def start(backend: str, **options: Any) -> Worker:
+        started.append(Worker(backend, **options))
+        return started[-1]
+
+    def add(worker: Worker, backend: str, module: str, peer: str) -> None:
+        row = {"workload": workload, "backend": backend, "module": module}
+        made.append((worker, {**row, "peer": peer, "ms": [], "cpu_ms": []}))
+
+    try:
+        for backend in backends:
+            worker = start(backend)
+            for module, peer in peers_of(backend, workload, quick):
+                risky = workload in RISKY.get((backend, peer), ())
+                own = start(backend) if risky else worker
+                add(own, backend, module, peer)
+        if workload == "mlp":
+            worker = start("jax", one_thread=True)
+            for peer in ("floor, NumPy", "floor, XLA"):
+                add(worker, "one thread", "floor", peer)
+        yield made
+    finally:
+        for worker in started:
+            worker.close()
+
+
+def prepare(worker: Worker, row: Row, best_ms: float) -> None:
+    """Let a peer compile, and train from the start as a check and to warm up."""
+    names = {"workload": row["workload"], "module": row["module"], "peer": row["peer"]}
+    risky = row["workload"] in RISKY.get((row["backend"], row["peer"]), ())
+    patience_s = PATIENCE_S if risky else None
+    row |= worker.ask("make", patience_s=patience_s, **names)
+    if "error" not in row:
+        row |= worker.ask("check", patience_s=patience_s, peer=row["peer"])
+    if row.get("late") == "check":
+        # The second first step, of a program that was compiled by then.
+        row["once_ms"] = 1e3 * row["again_s"]
+    if "error" in row or row["peer"] == "eager loop":
+        return
+    check_ms = 1e3 * row["seconds"] / row["steps"]
+    if risky and check_ms > TOO_SLOW * best_ms:
+        row["once_ms"] = check_ms
+
+
+def measure(
+    workload: str, backends: list[str], rounds: int, quick: bool, say: Say
+) -> list[Row]:
+    """Everyone's milliseconds per step on one workload."""
+    with workers_for(workload, backends, quick) as everyone:
+        best_ms = float("inf")
+        # The hopeless ones last: by then it is known what they lose against.
+        for worker, row in sorted(
+            everyone,
+            key=lambda e: workload in RISKY.get((e[1]["backend"], e[1]["peer"]), ()),
+        ):
+            say(f"{workload}: {row['backend']}: {row['peer']}: compiles and trains")
+            prepare(worker, row, best_ms)
+            if "error" in row:
+                say(f"{workload}: {row['backend']}: {row['peer']}: {row['error']}")
+            else:
+                best_ms = min(best_ms, 1e3 * row["seconds"] / row["steps"])
+        timed = [e for e in everyone if "error" not in e[1] and "once_ms" not in e[1]]
+        for number in range(rounds):
+            say(f"{workload}: round {number + 1} of {rounds}")
+            # Forth and back: nobody always follows the same neighbour.
+            for worker, row in timed if number % 2 == 0 else reversed(timed):
+                answer = worker.ask("time", peer=row["peer"])
+                if "error" in answer:
+                    row["error"] = answer["error"]
+                else:
+                    row["ms"].append(1e3 * answer["seconds"] / row["steps"])
+                    row["cpu_ms"].append(1e3 * answer["cpu_s"] / row["steps"])
+                    row["last_loss"] = answer["loss"]
+        rows = [row for _, row in everyone]
+    for row in rows:
+        if row["ms"] and "error" not in row:
+            row["median"] = statistics.median(row["ms"])
+    return rows
+
+
+def versions_of(backends: list[str]) -> dict[str, Any]:
+    """Versions of everything that is timed."""
+    worker = Worker(backends[0])
+    try:
+        return worker.ask("versions")
+    finally:
+        worker.close()
+
+
+def long_run(quick: bool, say: Say) -> dict[str, Any]:
+    """What `long_run.py` measures, in a process of its own."""
+    say("long run: cost per step, memory, data on disk")
+    steps = ["100000"] if quick else []
+    done = subprocess.run(
+        [sys.executable, str(HERE / "long_run.py"), *steps],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the tutorial's MLP and a short long run, 3 rounds; writes no files "
+        "unless --out is given",
+    )
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument(
+        "--rounds", type=int, help="default: 5 for the MLP, 3 for the rest and --quick"
+    )
+    parser.add_argument("--no-long-run", action="store_true")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep what an earlier run has measured on other workloads",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for results.md, results.png and results.json (default: here)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the figures as one JSON document"
+    )
+    chosen = parser.parse_args()
+    chosen.workloads = chosen.workloads or (["mlp"] if chosen.quick else [*WORKLOADS])
+    if chosen.out is None and not chosen.quick:
+        chosen.out = HERE
+    return chosen
+
+
+def main() -> None:
+    chosen = options()
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        elapsed = time.strftime("%M:%S", time.gmtime(time.perf_counter() - began))
+        print(f"[{elapsed}] {text}", file=sys.stderr, flush=True)
+
+    file = chosen.out / "results.json" if chosen.out else None
+    document: dict[str, Any] = {}
+    if chosen.keep and file is not None and file.exists():
+        document = json.loads(file.read_text())
+    document["quick"] = chosen.quick
+    document["versions"] = versions_of(chosen.backends)
+    rows = document.setdefault("rows", [])
+    for workload in chosen.workloads:
+        rows[:] = [r for r in rows if r["workload"] != workload]
+        light = workload == "mlp" and not chosen.quick
+        rounds = chosen.rounds or (5 if light else 3)
+        rows += measure(workload, chosen.backends, rounds, chosen.quick, say)
+    if not chosen.no_long_run:
+        document["long_run"] = long_run(chosen.quick, say)
+    from report import chart, machine, markdown
+
+    document["machine"] = machine()
+    document["wall_s"] = time.perf_counter() - began
+    text = markdown(document)
+    if chosen.out is not None and file is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(document, indent=1) + "\n")
+        (chosen.out / "results.md").write_text(text)
+        chart(document["rows"], chosen.out / "results.png")
+        say(f"wrote {chosen.out / 'results.md'}, results.png, results.json")
+    if chosen.json:
+        print(json.dumps(document))
+    elif chosen.quick:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
