@@ -108,10 +108,7 @@ def test_every_model_trains_as_under_keras(builder):
         "piecewise decay",
     ],
 )
-def test_an_optimizer_does_what_it_does_under_keras(optimizer, request):
-    if request.node.callspec.id == "ema":
-        known = "fit does not end with optimizer.finalize_variable_values, as Keras's"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=known))
+def test_an_optimizer_does_what_it_does_under_keras(optimizer):
     against_keras(of(optimizer), *blobs(ROWS))
 
 

@@ -7,13 +7,14 @@ them in as its methods.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loopscope import checks
 from loopscope.callbacks import CallbackListener
-from loopscope.data.source import as_source
+from loopscope.data.source import Source, as_source
 from loopscope.data.split import split, unpack
 
 if TYPE_CHECKING:
@@ -56,32 +57,39 @@ def fit(
         (x, y, sample_weight), validation_data = split(
             (x, y, sample_weight), validation_split, self.backend
         )
-    train = as_source(
-        x,
-        y,
-        sample_weight,
-        backend=self.backend,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=self.seed,
-        steps_per_epoch=steps_per_epoch,
-        class_weight=class_weight,
-    )
-    validation = None
-    if validation_data is not None:
-        validation = self.source(
-            *unpack(validation_data),
-            batch_size=validation_batch_size or batch_size,
-            shuffle=False,
-            steps_per_epoch=validation_steps,
+    with ExitStack() as held:
+        train = held.enter_context(
+            _held(
+                x,
+                as_source(
+                    x,
+                    y,
+                    sample_weight,
+                    backend=self.backend,
+                    batch_size=batch_size,
+                    shuffle=shuffle,
+                    seed=self.seed,
+                    steps_per_epoch=steps_per_epoch,
+                    class_weight=class_weight,
+                ),
+            )
         )
-    if validation is not None:
-        self.prepare("test", validation)
-    self.prepare("train", train, epochs_left=max(1, epochs - initial_epoch))
-    listener = CallbackListener(
-        self, callbacks, verbose=verbose, epochs=epochs, steps=train.steps
-    )
-    with listener.subscribed():
+        validation = None
+        if validation_data is not None:
+            given = unpack(validation_data)
+            source = self.source(
+                *given,
+                batch_size=validation_batch_size or batch_size,
+                shuffle=False,
+                steps_per_epoch=validation_steps,
+            )
+            validation = held.enter_context(_held(given[0], source))
+            self.prepare("test", validation)
+        self.prepare("train", train, epochs_left=max(1, epochs - initial_epoch))
+        listener = CallbackListener(
+            self, callbacks, verbose=verbose, epochs=epochs, steps=train.steps
+        )
+        held.enter_context(listener.subscribed())
         for epoch in self.epochs(epochs, initial_epoch=initial_epoch):
             for _ in epoch.train(train, every=None):
                 pass
@@ -117,12 +125,13 @@ def evaluate(
         shuffle=False,
         steps_per_epoch=steps,
     )
-    self.prepare("test", source)
-    listener = CallbackListener(
-        self, callbacks, verbose=verbose, epochs=1, steps=source.steps
-    )
-    with listener.subscribed():
-        logs = self.test(source)
+    with _held(x, source):
+        self.prepare("test", source)
+        listener = CallbackListener(
+            self, callbacks, verbose=verbose, epochs=1, steps=source.steps
+        )
+        with listener.subscribed():
+            logs = self.test(source)
     if return_dict:
         return logs
     values = list(logs.values())
@@ -143,16 +152,22 @@ def predict(
         NumPy arrays in the structure of the model's output, one row an example.
     """
     source = self.source(x, batch_size=batch_size, shuffle=False, steps_per_epoch=steps)
-    self.prepare("predict", source)
-    listener = CallbackListener(
-        self, callbacks, verbose=verbose, epochs=1, steps=source.steps
-    )
     outputs: list[Any] = []
-    self._failed = self._stopping = False
-    with listener.subscribed():
-        for chunk in self.run_pass("predict", source, None):
-            outputs.append(chunk.outputs)
+    with _held(x, source):
+        self.prepare("predict", source)
+        listener = CallbackListener(
+            self, callbacks, verbose=verbose, epochs=1, steps=source.steps
+        )
+        self._failed = self._stopping = False
+        with listener.subscribed():
+            for chunk in self.run_pass("predict", source, None):
+                outputs.append(chunk.outputs)
     return _concatenate(outputs)
+
+
+def _held(given: Any, source: Source) -> AbstractContextManager[Source]:
+    """The source for a block; closed after it unless the user gave it as a source."""
+    return nullcontext(source) if source is given else closing(source)
 
 
 def _is_due(epoch: int, frequency: int | list[int]) -> bool:

@@ -337,7 +337,15 @@ class Loop:
             raise
         finally:
             if not self._failed:
+                if epochs:
+                    self._finish_weights()
                 self._emit(TrainEnd(logs))
+
+    def _finish_weights(self) -> None:
+        """What Keras's optimizers do at the end: averages become the weights (EMA)."""
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is not None and optimizer.built:
+            optimizer.finalize_variable_values(self.model.trainable_weights)
 
     def run_pass(
         self,
@@ -447,6 +455,13 @@ class Loop:
             UsageError: Naming what was expected and received. Variables, optimizer
                 and metrics are as they were.
         """
+        try:
+            return self._prepare(phase, source, epochs_left)
+        except Exception:
+            source.close()
+            raise
+
+    def _prepare(self, phase: Phase, source: Source, epochs_left: int) -> Gear:
         self._stage(phase)
         stage = self._runner.stages[phase]
         gear = self._gear if phase == "train" else self._test_gear

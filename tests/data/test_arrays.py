@@ -212,9 +212,6 @@ def test_arrays_above_the_limit_are_streamed(monkeypatch):
     assert loop.state.sha256() == other.state.sha256()
 
 
-@pytest.mark.xfail(
-    TENSORFLOW, strict=True, reason="a tf.Tensor cannot be indexed by an array of rows"
-)
 def test_a_large_tensor_of_the_backend_is_streamed_too(monkeypatch):
     x, y = blobs(24)
     monkeypatch.setattr(arrays_module, "RESIDENT_BYTES", 100)
@@ -223,6 +220,26 @@ def test_a_large_tensor_of_the_backend_is_streamed_too(monkeypatch):
     large, plain = source_of(*tensors, **options), source_of(x, y, **options)
     for was, now in zip(batches(large), batches(plain), strict=True):
         np.testing.assert_array_equal(was[0], now[0])
+
+
+def test_epochs_of_some_steps_go_on_where_the_last_one_stopped():
+    source = source_of(numbers(22), batch_size=4, seed=3, steps_per_epoch=2)
+    whole = source_of(numbers(22), batch_size=4, seed=3)
+    for turn in range(2):
+        parts = [b for e in range(3) for b in batches(source, epoch=3 * turn + e)]
+        for was, now in zip(batches(whole, epoch=turn), parts, strict=True):
+            np.testing.assert_array_equal(was[0], now[0])
+
+
+def test_epochs_of_some_steps_go_on_in_streamed_arrays_too(monkeypatch):
+    options = {"batch_size": 4, "seed": 3, "steps_per_epoch": 2}
+    expected = [batches(source_of(numbers(22), **options), epoch=e) for e in range(6)]
+    monkeypatch.setattr(arrays_module, "RESIDENT_BYTES", 10)
+    streamed = source_of(numbers(22), **options)
+    assert not streamed.resident
+    for epoch, was in enumerate(expected):
+        for one, other in zip(was, batches(streamed, epoch=epoch), strict=True):
+            np.testing.assert_array_equal(one[0], other[0])
 
 
 def test_a_sample_uses_nothing_up():

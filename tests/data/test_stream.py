@@ -95,12 +95,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_trains_to_the_bits_of_the_same_arrays(kind, data, expected, request):
+def test_a_stream_trains_to_the_bits_of_the_same_arrays(kind, data, expected):
     if kind == "a tf.data.Dataset" and not TENSORFLOW:
         pytest.skip("TensorFlow is not the backend")
-    if kind == "a list of batches":
-        known = "a list of (x, y) tuples is taken for one x of many inputs"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=known))
     assert trained_state(KINDS[kind](*data)) == expected
 
 
@@ -235,9 +232,6 @@ def close_what_is_left():
             thing.close()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the prefetch thread of refused data is not ended"
-)
 def test_no_thread_is_left_behind_by_data_that_are_refused(data, close_what_is_left):
     loop = fresh(small_loop, FUSED)
     with pytest.raises(DataError, match="The model does not take these data"):
@@ -337,9 +331,6 @@ def test_an_endless_generator_trains_for_its_steps(data, close_what_is_left):
     assert len(history.history["val_loss"]) == 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with steps_per_epoch the pass stays open after fit returns"
-)
 def test_no_thread_is_left_behind_by_steps_per_epoch(data, close_what_is_left):
     loop = fresh(small_loop, FUSED)
     loop.fit(Batches(cut(*data) * 500), epochs=2, steps_per_epoch=3, verbose=0)

@@ -14,7 +14,7 @@ import numpy as np
 
 from loopscope.data.feed import Feed, Segment, Spec
 from loopscope.data.order import permutation
-from loopscope.data.stream import StreamPass
+from loopscope.data.stream import StreamPass, ran_dry
 from loopscope.errors import DataError
 
 RESIDENT_BYTES = 2 * 2**30
@@ -24,12 +24,10 @@ Place = Callable[[Any], Any]
 
 
 class ArrayPass:
-    """One epoch over resident arrays."""
+    """One epoch over resident arrays: its segments, in order."""
 
-    def __init__(self, full: Feed | None, steps: int, tail: Feed | None) -> None:
-        self._rest = [Segment(full, 0, steps)] if full is not None else []
-        if tail is not None:
-            self._rest.append(Segment(tail, 0, 1))
+    def __init__(self, segments: list[Segment]) -> None:
+        self._rest = segments
 
     def take(self, limit: int) -> Segment | None:
         """The next steps, at most `limit`, or `None` at the end."""
@@ -56,6 +54,9 @@ class ArraySource:
         shuffle: Whether each epoch has an order of its own, keyed by (seed, epoch).
         seed: The order's seed.
         place: Brings an array to the device.
+        steps_per_epoch: The steps of an epoch, where not all. The next epoch goes
+            on where the last one stopped; the arrays are shuffled anew once they
+            are through.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ArraySource:
         shuffle: bool,
         seed: int,
         place: Place,
+        steps_per_epoch: int | None = None,
     ) -> None:
         import keras
 
@@ -75,7 +77,8 @@ class ArraySource:
         self._shuffle, self._seed, self._place = shuffle, seed, place
         self.samples = _common_length(leaves)
         self.batch_size = min(batch_size, self.samples)
-        self.steps: int | None = -(-self.samples // self.batch_size)
+        self._all_steps = -(-self.samples // self.batch_size)
+        self.steps: int | None = steps_per_epoch or self._all_steps
         self.ragged = self.samples % self.batch_size != 0
         self.specs: tuple[Any, ...] = self._specs(self.batch_size)
         size_bytes = sum(int(np.prod(a.shape)) * _itemsize(a) for a in leaves)
@@ -86,19 +89,35 @@ class ArraySource:
 
     def open(self, epoch: int) -> ArrayPass | StreamPass:
         """The epoch's data, from its start."""
+        assert self.steps is not None
+        # So many epochs go over the arrays once; the last of them may be shorter.
+        turn, part = divmod(epoch, -(-self._all_steps // self.steps))
+        start = part * self.steps
+        if start + self.steps > self._all_steps:
+            ran_dry(self.steps, stacklevel=2)
+        return self._open(turn, start, min(start + self.steps, self._all_steps))
+
+    def close(self) -> None:
+        """Nothing to give back: the arrays stay on the device for the next epoch."""
+
+    def _open(self, turn: int, start: int, stop: int) -> ArrayPass | StreamPass:
         if not self.resident:
-            return StreamPass(self._host_batches(epoch), self._place)
+            return StreamPass(self._host_batches(turn, start, stop), self._place)
         if self._placed is None:
             self._placed = self._map(self._place, self.arrays)
         steps, rest = divmod(self.samples, self.batch_size)
-        rows = self._order(epoch)
-        full = self._feed(rows[: steps * self.batch_size], self.batch_size)
-        tail = self._feed(rows[steps * self.batch_size :], rest) if rest else None
-        return ArrayPass(full, steps, tail)
+        rows, segments = self._order(turn), []
+        if start < steps:
+            full = self._feed(rows[: steps * self.batch_size], self.batch_size)
+            segments.append(Segment(full, start, min(stop, steps)))
+        if stop > steps:
+            tail = self._feed(rows[steps * self.batch_size :], rest)
+            segments.append(Segment(tail, 0, 1))
+        return ArrayPass(segments)
 
     def sample(self) -> Segment:
         """Some steps of the data for measuring; nothing is used up."""
-        data = self.open(0)
+        data = self._open(0, 0, self._all_steps)
         try:
             segment = data.take(256)
         finally:
@@ -106,9 +125,9 @@ class ArraySource:
         assert segment is not None
         return segment
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, turn: int) -> np.ndarray:
         if self._shuffle:
-            return permutation(self.samples, seed=self._seed, epoch=epoch)
+            return permutation(self.samples, seed=self._seed, epoch=turn)
         return np.arange(self.samples, dtype=np.int32)
 
     def _feed(self, rows: np.ndarray, batch_size: int) -> Feed:
@@ -129,10 +148,13 @@ class ArraySource:
         )
         return specs
 
-    def _host_batches(self, epoch: int) -> Iterator[tuple[Any, ...]]:
-        rows = self._order(epoch)
-        for start in range(0, self.samples, self.batch_size):
-            batch = rows[start : start + self.batch_size]
+    def _host_batches(
+        self, turn: int, start: int, stop: int
+    ) -> Iterator[tuple[Any, ...]]:
+        rows, size = self._order(turn), self.batch_size
+        arrays = self._map(_rows_on_host, self.arrays)
+        for step in range(start, stop):
+            batch = rows[step * size : (step + 1) * size]
             # Sorted reads are kinder to a disk; then back into the drawn order.
             by_place = np.argsort(batch, kind="stable")
             back = np.argsort(by_place, kind="stable")
@@ -140,8 +162,13 @@ class ArraySource:
                 lambda a, r=batch[by_place], b=back: np.asarray(
                     a[r], dtype=_dtype_name(a)
                 )[b],
-                self.arrays,
+                arrays,
             )
+
+
+def _rows_on_host(array: Any) -> Any:
+    """The array itself where rows can be read from it; else (a tensor) on the host."""
+    return array if isinstance(array, np.ndarray) else np.asarray(array)
 
 
 def _key(specs: tuple[Any, ...]) -> str:

@@ -53,6 +53,10 @@ class Source(Protocol):
         """Some steps for measuring; nothing is used up."""
         ...
 
+    def close(self) -> None:
+        """End what prefetches; the next epoch starts it again."""
+        ...
+
 
 def as_source(
     x: Any,
@@ -78,7 +82,7 @@ def as_source(
         return x
     if x is None:
         raise DataError("Expected data as `x`. Received: x=None")
-    if is_arrays(x, backend):
+    if is_arrays(x, backend) and not (y is None and is_batches(x)):
         parts: tuple[Any, ...] = (x, y, sample_weight)
         if sample_weight is not None and y is None:
             raise DataError("`sample_weight` needs `y`. Received: y=None")
@@ -86,16 +90,14 @@ def as_source(
             parts = _weighted(parts, class_weight)
         while parts[-1] is None:
             parts = parts[:-1]
-        source: Source = ArraySource(
+        return ArraySource(
             tuple(as_arrays(part, backend) for part in parts),
             batch_size=batch_size or 32,
             shuffle=bool(shuffle),
             seed=seed,
             place=backend.place,
+            steps_per_epoch=steps_per_epoch,
         )
-        if steps_per_epoch is not None:
-            source.steps = steps_per_epoch
-        return source
     if not isinstance(x, Iterable):
         raise DataError(
             "Data must be arrays, a dict or tuple of arrays, or an iterable of "
@@ -125,6 +127,13 @@ def is_arrays(value: Any, backend: Backend) -> bool:
             or all(isinstance(v, (int, float)) for v in value)
         )
     return backend.is_tensor(value) or hasattr(value, "__array__")
+
+
+def is_batches(value: Any) -> bool:
+    """Whether `value` is a list of batches: of tuples (x, y) or (x, y, weight)."""
+    return isinstance(value, list) and all(
+        isinstance(part, tuple) and len(part) in (2, 3) for part in value
+    )
 
 
 def as_arrays(value: Any, backend: Backend) -> Any:

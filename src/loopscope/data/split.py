@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loopscope.data.source import as_arrays, is_arrays
+from loopscope.data.source import as_arrays, is_arrays, is_batches
 from loopscope.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def unpack(data: Any) -> tuple[Any, Any, Any]:
     """(x, y, sample_weight) of `validation_data`; what is missing is `None`."""
-    if not isinstance(data, (tuple, list)):
+    if not isinstance(data, (tuple, list)) or is_batches(data):
         return data, None, None
     if not 1 <= len(data) <= 3:
         raise DataError(

@@ -228,16 +228,22 @@ class _Continued:
         segment = self._pass.take(limit)
         if segment is None:
             self._source.close()
-            warnings.warn(
-                "The source ran out of data before the epoch had its "
-                f"steps_per_epoch={self._source.steps} steps; the epoch ends here. "
-                "Give a source that lasts, or a smaller `steps_per_epoch`.",
-                stacklevel=2,
-            )
+            assert self._source.steps is not None
+            ran_dry(self._source.steps, stacklevel=2)
         return segment
 
     def close(self) -> None:
         """The pass stays open for the next epoch."""
+
+
+def ran_dry(steps_per_epoch: int, *, stacklevel: int) -> None:
+    """Warn that an epoch has fewer steps than it was asked to have."""
+    warnings.warn(
+        "The source ran out of data before the epoch had its "
+        f"steps_per_epoch={steps_per_epoch} steps; the epoch ends here. "
+        "Give a source that lasts, or a smaller `steps_per_epoch`.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def as_batch(raw: Any) -> tuple[Any, ...]:
