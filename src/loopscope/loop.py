@@ -415,8 +415,13 @@ class Loop:
             self._emit(compiled)
         steps = segment.steps - len(done.compiled)
         if steps:
-            self._step_s[phase] = done.wall_s / steps
+            self._pace(phase, done.wall_s / steps, alone=segment.steps == 1)
         return done
+
+    def _pace(self, phase: Phase, step_s: float, *, alone: bool) -> None:
+        # A step alone (a ragged last batch) costs a whole call: it says too much.
+        known = self._step_s.get(phase, float("inf"))
+        self._step_s[phase] = min(known, step_s) if alone else step_s
 
     def _chunk_steps(
         self,

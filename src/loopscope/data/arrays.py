@@ -8,7 +8,7 @@ batches on the host and streams them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -133,13 +133,15 @@ class ArraySource:
     def _feed(self, rows: np.ndarray, batch_size: int) -> Feed:
         specs = self._specs(batch_size)
         assert self._placed is not None
+        in_order = not self._shuffle and batch_size == self.batch_size
+        kind: Literal["take", "slice"] = "slice" if in_order else "take"
         return Feed(
-            kind="take",
+            kind=kind,
             arrays=self._placed,
-            order=self._place(rows),
+            order=None if in_order else self._place(rows),
             batch_size=batch_size,
             specs=specs,
-            signature=("take", len(rows), self.samples, _key(specs)),
+            signature=(kind, len(rows), self.samples, _key(specs)),
         )
 
     def _specs(self, batch_size: int) -> tuple[Any, ...]:
