@@ -11,6 +11,7 @@ import pytest
 
 import loopscope
 from loopscope import Loop
+from loopscope.data import stream
 from loopscope.errors import DataError, GearError, StepError, UsageError
 from loopscope.events import ChunkEnd, Compiled
 from models import (
@@ -169,6 +170,13 @@ def test_integer_labels_outside_of_the_outputs_are_refused(loop, wrong, low, hig
         "the classes from 0."
     )
     refused(loop, DataError, lambda: loop.evaluate(x, y, verbose=0))
+
+
+def test_labels_at_the_head_of_a_stream_are_looked_at_too(loop):
+    x, y = blobs(16)
+    batches = Batches([(x[:8], y[:8]), (x[8:], y[8:] + 3)])
+    text = refused(loop, UsageError, lambda: loop.fit(batches, verbose=0))
+    assert text.startswith("Labels must lie in 0..2")
 
 
 def test_labels_that_the_loss_ignores_are_not_refused():
@@ -534,16 +542,17 @@ def test_an_operation_that_raises_leaves_the_steps_before_it(gear):
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="JAX has no operation that raises")
-def test_a_label_out_of_range_in_a_stream_raises_at_its_step():
+def test_a_label_out_of_range_far_into_a_stream_raises_at_its_step(monkeypatch):
     import tensorflow as tf
 
+    monkeypatch.setattr(stream, "CHUNK_STEPS", 2)
     loop = fresh(small_loop, "fused-graph", metrics=None)
     x, y = blobs(STEPS * 4)
     y = y.copy()
     y[FAILS_AT * 4] = 3
-    stream = Batches((x[i : i + 4], y[i : i + 4]) for i in range(0, STEPS * 4, 4))
+    batches = Batches((x[i : i + 4], y[i : i + 4]) for i in range(0, STEPS * 4, 4))
     with pytest.raises(tf.errors.InvalidArgumentError, match="label value") as caught:
-        loop.fit(stream, verbose=0)
+        loop.fit(batches, verbose=0)
     assert caught.value.__notes__ == [note(FAILS_AT)]
     assert (loop.step, int(loop.model.optimizer.iterations)) == (FAILS_AT, FAILS_AT)
 

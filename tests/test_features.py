@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import loopscope
 from loopscope import Loop
 from models import (
     ALL,
@@ -253,10 +254,7 @@ def test_the_seed_generator_of_an_own_step_is_part_of_the_state(gear):
 
 @pytest.mark.skipif(not TENSORFLOW, reason="Keras refuses to trace it on JAX")
 @pytest.mark.parametrize("gear", ["eager", FUSED])
-def test_random_numbers_without_a_seed_are_part_of_the_state(gear, request):
-    if gear == "eager":
-        known = "an own eager step is never traced: Keras's global seed is not seen"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=known))
+def test_random_numbers_without_a_seed_are_part_of_the_state(gear):
     assert_noise_is_part_of_the_state(gear, lambda: None)
 
 
@@ -361,21 +359,7 @@ def test_compiling_a_model_anew_is_obeyed():
 # Precision.
 
 
-SCALING_ON_JAX = (
-    "on JAX, variables assigned in `ops.cond` of Keras's loss scaling leak tracers"
-)
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        pytest.param(
-            "mixed_float16",
-            marks=pytest.mark.xfail(not TENSORFLOW, strict=True, reason=SCALING_ON_JAX),
-        ),
-        "mixed_bfloat16",
-    ],
-)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_trains_as_under_keras(policy):
     def model():
         keras.config.set_dtype_policy(policy)
@@ -396,16 +380,35 @@ def test_mixed_precision_trains_as_under_keras(policy):
     assert loop.model.layers[0].kernel.dtype == "float32"
 
 
-@pytest.mark.xfail(not TENSORFLOW, strict=True, reason=SCALING_ON_JAX)
-def test_loss_scaling_skips_a_step_that_is_not_finite_and_halves_the_scale():
+@pytest.mark.parametrize("gear", ["eager", FUSED])
+@pytest.mark.parametrize("own", [False, True])
+def test_loss_scaling_skips_a_step_that_is_not_finite_and_halves_the_scale(gear, own):
     def make(gear):
         keras.config.set_dtype_policy("mixed_float16")
         optimizer = keras.optimizers.LossScaleOptimizer(
             keras.optimizers.SGD(0.1), initial_scale=2.0**10
         )
-        return small_loop(gear, optimizer=optimizer)
+        loop = small_loop(gear, optimizer=optimizer)
+        if own:
+            write_the_step(loop)
+        return loop
 
-    loop = fresh(make, FUSED)
+    def write_the_step(loop):
+        model, optimizer = loop.model, loop.model.optimizer
+
+        @loop.train_step
+        def train_step(x, y):
+            def compute_loss():
+                loss = model.compute_loss(x, y, model(x, training=True))
+                return optimizer.scale_loss(loss), loss
+
+            (_, loss), gradients = loopscope.value_and_grad(
+                compute_loss, model.trainable_variables, has_aux=True
+            )
+            optimizer.apply(gradients, model.trainable_variables)
+            return loss
+
+    loop = fresh(make, gear)
     x, y = blobs(ROWS)
     x = x.copy()
     x[8:16] = 1e30

@@ -86,10 +86,17 @@ def build(model: Any, specs: tuple[Any, ...]) -> None:
 
 
 def labels(model: Any, source: Source) -> None:
-    """Refuse integer labels that are outside of the model's outputs."""
-    if not isinstance(source, ArraySource) or len(source.arrays) < 2:
+    """Refuse integer labels that are outside of the model's outputs.
+
+    Of a stream, the first chunk is looked at.
+    """
+    if isinstance(source, ArraySource):
+        arrays = source.arrays
+    else:
+        arrays = source.sample().feed.arrays
+    if len(arrays) < 2:
         return
-    loss, y = getattr(model, "loss", None), source.arrays[1]
+    loss, y = getattr(model, "loss", None), arrays[1]
     name = loss if isinstance(loss, str) else getattr(loss, "name", "")
     name = name or getattr(loss, "__name__", "")
     shape = getattr(model, "output_shape", None) if model.built else None

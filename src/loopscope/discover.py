@@ -68,6 +68,18 @@ def discover(*functions: Callable[..., Any]) -> Found:
     return found
 
 
+def global_seed() -> list[Any]:
+    """The state of Keras's generator for random numbers without a seed, once made.
+
+    It belongs to no object, and Keras 3.15 has no public way to it. Where a step is
+    traced, the trace shows whether it is used.
+    """
+    from keras.src.backend.common import global_state
+
+    generator = global_state.get_global_attribute("global_seed_generator")
+    return [] if generator is None else [generator.state]
+
+
 def _children(value: Any, names: set[str]) -> Iterator[Any]:
     if isinstance(value, dict):
         yield from value.values()

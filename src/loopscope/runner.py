@@ -16,7 +16,7 @@ import numpy as np
 from loopscope import interrupt
 from loopscope.backend.base import Backend, Program, Step, Trace
 from loopscope.data.feed import Segment, Spec
-from loopscope.discover import Found, discover
+from loopscope.discover import Found, discover, global_seed
 from loopscope.errors import StepError
 from loopscope.events import Compiled, Phase
 from loopscope.gear import EAGER, Gear
@@ -103,6 +103,8 @@ class Runner:
             variables += stage.found.all_variables()
             for trace in stage.traces.values():
                 variables += trace.variables
+            if stage.own and not stage.traces:
+                variables += global_seed()
         return variables
 
     def trace(self, phase: Phase, specs: tuple[Any, ...]) -> Trace:

@@ -9,7 +9,7 @@ from loopscope.data import arrays as arrays_module
 from loopscope.data.order import permutation
 from loopscope.data.source import as_source
 from loopscope.errors import DataError
-from models import FUSED, TENSORFLOW, blobs, fresh, numbers, small_loop
+from models import FUSED, blobs, fresh, numbers, small_loop
 
 
 def source_of(*data, **options):
@@ -104,9 +104,6 @@ def test_lists_of_numbers_are_arrays():
     assert found[0][1].tolist() == [0, 1]
 
 
-@pytest.mark.xfail(
-    not TENSORFLOW, strict=True, reason="JAX keeps int64 as int32; the spec says int64"
-)
 def test_the_spec_of_int64_says_what_is_on_the_device():
     found = batches(source_of(np.arange(6)[:, None]))
     assert found[0][0].shape == (6, 1)

@@ -59,7 +59,7 @@ class JaxBackend:
         # Outside of eval_shape, so that variables made by the trace (an
         # optimizer's slots) are initialized with real values on leaving.
         with _Scope([(v, v.value) for v in known()], collect_losses=True) as scope:
-            outputs = jax.eval_shape(step, *specs)
+            outputs = jax.eval_shape(_with_loss_scaling(step), *specs)
         return Trace(
             outputs=map_structure(_spec, outputs),
             variables=tuple(scope.seen.values()),
@@ -75,7 +75,7 @@ class JaxBackend:
         variables: Sequence[Any],
         capacity: int,
     ) -> Program:
-        one = _cutter(feed, step)
+        one = _cutter(feed, _with_loss_scaling(step))
         if trace is None:
             return _eager(one)
         pure = _pure(one, variables)
@@ -144,6 +144,36 @@ class _Scope(keras.StatelessScope):
         self.seen.setdefault(id(update[0]), update[0])
         self.written[id(update[0])] = update[0]
         super().add_update(update)
+
+
+def _with_loss_scaling(step: Step) -> Step:
+    """The step, able to call `LossScaleOptimizer.apply`.
+
+    On JAX, Keras's own (3.15) assigns variables inside of `ops.cond` and so leaks
+    tracers; Keras's `fit` takes `stateless_apply` instead, and so does this.
+    """
+    optimizers = keras.optimizers.LossScaleOptimizer
+
+    def scaled(*batch: Any) -> Any:
+        original, optimizers.apply = optimizers.apply, _apply_scaled
+        try:
+            return step(*batch)
+        finally:
+            optimizers.apply = original
+
+    return scaled
+
+
+def _apply_scaled(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
+    if not optimizer.built:
+        with keras.name_scope(optimizer.name):
+            optimizer.build(trainable_variables)
+    trained, slots = optimizer._trainable_variables, optimizer.variables
+    new_trained, new_slots = optimizer.stateless_apply(
+        _load(slots), grads, _load(trainable_variables or trained)
+    )
+    _store(trainable_variables or trained, new_trained)
+    _store(slots, new_slots)
 
 
 def _spec(value: Any) -> Any:

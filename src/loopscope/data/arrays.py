@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loopscope.data.feed import Feed, Segment, Spec
+from loopscope.data.feed import Feed, Segment, Spec, placed
 from loopscope.data.order import permutation
 from loopscope.data.stream import StreamPass, ran_dry
 from loopscope.errors import DataError
@@ -145,16 +145,18 @@ class ArraySource:
         )
 
     def _specs(self, batch_size: int) -> tuple[Any, ...]:
-        specs: tuple[Any, ...] = self._map(
-            lambda a: Spec((batch_size, *a.shape[1:]), _dtype_name(a)), self.arrays
-        )
+        def spec(array: Any) -> Spec:
+            given = Spec((batch_size, *array.shape[1:]), _dtype_name(array))
+            return given if _is_tensor(array) else placed(given, self._place)
+
+        specs: tuple[Any, ...] = self._map(spec, self.arrays)
         return specs
 
     def _host_batches(
         self, turn: int, start: int, stop: int
     ) -> Iterator[tuple[Any, ...]]:
         rows, size = self._order(turn), self.batch_size
-        arrays = self._map(_rows_on_host, self.arrays)
+        arrays = self._map(lambda a: np.asarray(a) if _is_tensor(a) else a, self.arrays)
         for step in range(start, stop):
             batch = rows[step * size : (step + 1) * size]
             # Sorted reads are kinder to a disk; then back into the drawn order.
@@ -168,9 +170,9 @@ class ArraySource:
             )
 
 
-def _rows_on_host(array: Any) -> Any:
-    """The array itself where rows can be read from it; else (a tensor) on the host."""
-    return array if isinstance(array, np.ndarray) else np.asarray(array)
+def _is_tensor(array: Any) -> bool:
+    """Whether an array is a framework's: on the device, and without fancy indexing."""
+    return not isinstance(array, np.ndarray)
 
 
 def _key(specs: tuple[Any, ...]) -> str:

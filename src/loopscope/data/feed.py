@@ -6,8 +6,11 @@ one loop and no knowledge of where data come from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,14 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+def placed(spec: Spec, place: Callable[[Any], Any]) -> Spec:
+    """The spec as it is on the device: JAX, for one, keeps int64 as int32."""
+    if spec.dtype not in ("int64", "uint64", "float64"):
+        return spec
+    dtype = place(np.empty(0, spec.dtype)).dtype
+    return Spec(spec.shape, str(getattr(dtype, "name", dtype)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from loopscope.data.feed import Feed, Segment, Spec
+from loopscope.data.feed import Feed, Segment, Spec, placed
 from loopscope.errors import DataError
 
 CHUNK_BYTES = 16 * 2**20
@@ -79,7 +79,9 @@ class StreamPass:
     def _segment(self, chunk: list[tuple[Any, ...]], capacity: int) -> Segment:
         import keras
 
-        specs = _specs(chunk[0])
+        specs = keras.tree.map_structure(
+            lambda spec: placed(spec, self._place), _specs(chunk[0])
+        )
         rows = keras.tree.flatten(chunk[0])[0].shape[0]
 
         def stack(*leaves: np.ndarray) -> Any:
