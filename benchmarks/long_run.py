@@ -87,7 +87,7 @@ def flat(steps: int) -> dict[str, Any]:
     }
 
 
-def from_disk(allowed_mib: int = 192) -> dict[str, Any]:
+def from_disk(allowed_mib: int = 128) -> dict[str, Any]:
     """Train on a file ten times as large as the memory that may be added."""
     import numpy as np
 

@@ -75,6 +75,8 @@ def markdown(document: dict[str, Any]) -> str:
         if of:
             lines += ["", f"## {workload.title[0].upper()}{workload.title[1:]}", ""]
             lines += _table(of, name)
+    lines += ["", "## Whole trainings in `auto`", ""]
+    lines += _choosing(document.get("choosing") or [])
     lines += ["", "## A long run", "", *_long_run(document.get("long_run") or {})]
     return "\n".join(lines) + "\n"
 
@@ -188,6 +190,45 @@ def _long_run(long_run: dict[str, Any]) -> list[str]:
     ]
 
 
+def _choosing(rows: list[Row]) -> list[str]:
+    if not rows:
+        return ["Not measured."]
+    lines = [
+        "From nothing, trials and compilations included; the cache is off.",
+        "",
+        "| workload | backend | steps | plain gear, s | `auto`, s | chosen | longer by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        plain_s, auto_s = (statistics.median(row[k]) for k in ("plain_s", "auto_s"))
+        chosen = ", ".join(dict.fromkeys(row["gears"]))
+        lines.append(
+            f"| {row['workload']} | {row['backend']} | {row['steps']:,} | "
+            f"{row['plain']} {plain_s:.2f} | {auto_s:.2f} | {chosen} | "
+            f"{auto_s - plain_s:+.2f} s |"
+        )
+    return lines
+
+
+def _choosing_target(rows: list[Row]) -> Target:
+    """The training that `auto` made longest, against what is allowed for it."""
+    statement = "`auto` makes no training longer than the plain gear by 5 % or 2 s"
+    if not rows:
+        return Target(statement, "-", None)
+    over = []
+    for row in rows:
+        plain_s, auto_s = (statistics.median(row[k]) for k in ("plain_s", "auto_s"))
+        allowed_s = max(0.05 * plain_s, 2.0)
+        over.append((auto_s - plain_s - allowed_s, auto_s - plain_s, row))
+    excess_s, longer_s, worst = max(over, key=lambda o: o[0])
+    return Target(
+        statement,
+        f"at worst {longer_s:+.2f} s ({worst['workload']} on {worst['backend']}, "
+        f"{worst['steps']:,} steps)",
+        excess_s <= 0,
+    )
+
+
 # Targets.
 
 
@@ -200,6 +241,7 @@ def targets(document: dict[str, Any]) -> list[Target]:
     for workload in WORKLOADS:
         for backend in ("tensorflow", "jax"):
             made += _auto_targets(rows, workload, backend)
+    made.append(_choosing_target(document.get("choosing") or []))
     return made + _long_targets(document.get("long_run") or {})
 
 

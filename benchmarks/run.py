@@ -257,6 +257,25 @@ def long_run(quick: bool, say: Say) -> dict[str, Any]:
     return answer
 
 
+def choosing(backends: list[str], rounds: int, say: Say) -> list[Row]:
+    """What `choosing.py` measures, in a process for each backend."""
+    rows: list[Row] = []
+    for backend in backends:
+        say(f"choosing: whole trainings in auto and in the plain gear on {backend}")
+        done = subprocess.run(
+            [sys.executable, str(HERE / "choosing.py"), str(rounds)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=HERE,
+            env={**os.environ, "KERAS_BACKEND": backend},
+        )
+        if done.returncode:
+            raise RuntimeError(f"choosing.py failed:\n{done.stderr[-2000:]}")
+        rows += json.loads(done.stdout)
+    return rows
+
+
 def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -272,6 +291,9 @@ def options() -> argparse.Namespace:
         "--rounds", type=int, help="default: 5 for the MLP, 3 for the rest and --quick"
     )
     parser.add_argument("--no-long-run", action="store_true")
+    parser.add_argument(
+        "--no-choosing", action="store_true", help="leave whole trainings in auto out"
+    )
     parser.add_argument(
         "--keep",
         action="store_true",
@@ -314,6 +336,8 @@ def main() -> None:
         rows += measure(workload, chosen.backends, rounds, chosen.quick, say)
     if not chosen.no_long_run:
         document["long_run"] = long_run(chosen.quick, say)
+    if not (chosen.no_choosing or chosen.quick):
+        document["choosing"] = choosing(chosen.backends, 3, say)
     from report import chart, machine, markdown
 
     document["machine"] = machine()

@@ -20,7 +20,7 @@ import numpy as np
 from loopscope.data.feed import Feed, Segment, Spec, placed
 from loopscope.errors import DataError
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 CHUNK_STEPS = 256
 CHUNK_WAIT_S = 0.2
 """A chunk is handed on when it is full, this large, or has waited this long."""
