@@ -71,6 +71,16 @@ class Ours:
         self._epochs.close()
 
 
+def _shared(workload: Workload) -> Ours:
+    """One loop for all that lie around it: the same programs in the same memory."""
+    if workload.name not in _SHARED:
+        _SHARED[workload.name] = Ours(workload, FUSED)
+    return _SHARED[workload.name]
+
+
+_SHARED: dict[str, Ours] = {}
+
+
 class Bare:
     """The bare fused loop: chunks of steps, and nothing around them.
 
@@ -82,7 +92,7 @@ class Bare:
     """
 
     def __init__(self, workload: Workload, *, validation: bool) -> None:
-        self._ours = Ours(workload, FUSED)
+        self._ours = _shared(workload)
         self.steps = workload.steps
         self._loop = loop = self._ours.loop
         self._sources = [("train", self._ours.source)]
@@ -124,7 +134,7 @@ class WholeFit:
     """
 
     def __init__(self, workload: Workload) -> None:
-        self._ours = Ours(workload, FUSED)
+        self._ours = _shared(workload)
         self._workload = workload
         self.steps = workload.steps
         self._fit: PausedFit | None = None
@@ -148,7 +158,6 @@ class WholeFit:
 
     def epoch(self) -> float:
         if self._fit is None:
-            self._ours.close()
             self._fit = self._endless()
         return float(self._fit.epoch()["loss"])
 

@@ -196,7 +196,7 @@ def _choosing(rows: list[Row]) -> list[str]:
     lines = [
         "From nothing, trials and compilations included; the cache is off.",
         "",
-        "| workload | backend | steps | plain gear, s | `auto`, s | chosen | longer by |",
+        "| workload | backend | steps | plain, s | `auto`, s | chosen | longer by |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -287,9 +287,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    parser.add_argument(
-        "--rounds", type=int, help="default: 5 for the MLP, 3 for the rest and --quick"
-    )
+    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
     parser.add_argument("--no-long-run", action="store_true")
     parser.add_argument(
         "--no-choosing", action="store_true", help="leave whole trainings in auto out"
@@ -331,8 +329,7 @@ def main() -> None:
     rows = document.setdefault("rows", [])
     for workload in chosen.workloads:
         rows[:] = [r for r in rows if r["workload"] != workload]
-        light = workload == "mlp" and not chosen.quick
-        rounds = chosen.rounds or (5 if light else 3)
+        rounds = chosen.rounds or (3 if chosen.quick else 5)
         rows += measure(workload, chosen.backends, rounds, chosen.quick, say)
     if not chosen.no_long_run:
         document["long_run"] = long_run(chosen.quick, say)

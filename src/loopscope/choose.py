@@ -146,17 +146,22 @@ def _try_gears(
 
 
 def _forecast(gear: Gear, trials: Mapping[str, Trial]) -> tuple[float, float]:
-    """The seconds per step to hope for, and the seconds of compiling to fear."""
+    """The seconds per step to hope for, and the seconds of compiling to fear.
+
+    The fears are the worst of the five benchmarks' models: under XLA 4 to 8 times what
+    the graph took, 1.4 times for fusing a graph, twice for fusing under XLA.
+    """
     if gear == FUSED_GRAPH:
         plain = trials[GRAPH.name]
-        return plain.step_s - min(0.8 * plain.step_s, 1.5e-3), plain.compile_s
+        hoped_s = plain.step_s - min(0.8 * plain.step_s, 1.5e-3)
+        return hoped_s, 1.5 * plain.compile_s
     if gear == XLA:
         # XLA opens the way to fused XLA, which saves the cost of a call as well.
         plain = trials[GRAPH.name]
         fused = trials.get(FUSED_GRAPH.name, plain)
         call_s = max(0.0, plain.step_s - fused.step_s)
         hoped_s = max(0.2 * plain.step_s, 0.5 * plain.step_s - call_s)
-        return hoped_s, max(0.8, 3 * plain.compile_s)
+        return hoped_s, max(1.0, 8 * plain.compile_s)
     if gear == FUSED_XLA and XLA.name in trials:
         xla = trials[XLA.name]
         # What fusing saves is the cost of a call: about a millisecond, or what the
@@ -165,7 +170,7 @@ def _forecast(gear: Gear, trials: Mapping[str, Trial]) -> tuple[float, float]:
         if FUSED_GRAPH.name in trials:
             shown_s = trials[GRAPH.name].step_s - trials[FUSED_GRAPH.name].step_s
             call_s = max(call_s, shown_s)
-        return max(0.2 * xla.step_s, xla.step_s - call_s), xla.compile_s
+        return max(0.2 * xla.step_s, xla.step_s - call_s), 2 * xla.compile_s
     return float("inf"), 0.0
 
 
