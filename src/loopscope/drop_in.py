@@ -6,12 +6,12 @@ front is all that changes.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from loopscope.loop import Loop
 
-_LOOPS: weakref.WeakKeyDictionary[Any, Loop] = weakref.WeakKeyDictionary()
+_KEPT = "_loopscope_loop"
+"""The attribute of a model that holds its loop: the two are forgotten together."""
 
 
 def fit(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,9 @@ def predict(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _loop(model: Any) -> Loop:
-    loop = _LOOPS.get(model)
-    if loop is None:
-        loop = _LOOPS[model] = Loop(model)
+    loop: Loop | None = getattr(model, _KEPT, None)
+    if loop is None or loop.model is not model:
+        loop = Loop(model)
+        # Past Keras, which looks into every attribute that is set on a layer.
+        object.__setattr__(model, _KEPT, loop)
     return loop
