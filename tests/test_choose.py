@@ -371,14 +371,14 @@ def test_a_trial_that_is_losing_ends_early():
 
 def test_what_xla_hopes_for_is_half_and_what_fusing_saves_is_a_call():
     trials = {"graph": Trial(2e-3, 0.4)}
-    assert choose._forecast(XLA, trials) == (1e-3, pytest.approx(3.2))
+    assert choose._forecast(XLA, trials) == (1e-3, pytest.approx(4.4))
     assert choose._forecast(FUSED_GRAPH, trials) == (
         pytest.approx(5e-4),
         pytest.approx(0.6),
     )
     assert choose._forecast(FUSED_XLA, trials) == (float("inf"), 0.0)
     trials |= {"fused-graph": Trial(1.5e-3, 0.4), "xla": Trial(1e-3, 2.0)}
-    assert choose._forecast(XLA, trials) == (pytest.approx(5e-4), pytest.approx(3.2))
+    assert choose._forecast(XLA, trials) == (pytest.approx(5e-4), pytest.approx(4.4))
     assert choose._forecast(FUSED_XLA, trials) == (pytest.approx(2e-4), 4.0)
     alone = {"xla": Trial(1e-3, 2.0)}
     assert choose._forecast(FUSED_XLA, alone) == (pytest.approx(5e-4), 4.0)
