@@ -215,7 +215,8 @@ def test_what_is_no_data_is_refused(loop, x, received):
 def test_an_array_of_words_is_refused(loop):
     words = np.array([["a", "b", "c", "d"]])
     text = refused(loop, DataError, lambda: loop.fit(words, [1], verbose=0))
-    assert text.startswith("Arrays must hold numbers or booleans. Received: dtype=<U1")
+    assert text.startswith("Arrays must hold numbers or booleans")
+    assert "Received: dtype=<U1" in text or "Received: x=string[1, 4]" in text
 
 
 def test_an_array_without_examples_axis_is_refused(loop):
@@ -414,14 +415,14 @@ def test_a_loss_that_no_trainable_variable_reaches_is_refused(gear):
 
 
 @pytest.mark.parametrize("gear", ["eager", FUSED])
-def test_a_model_with_nothing_to_train_is_refused(gear):
+def test_a_model_with_nothing_to_train_is_evaluated_with_keras_own_warning(gear):
     model = small_model()
     model.trainable = False
     loop = small_loop(gear, model=model)
     weights = [np.array(w) for w in model.get_weights()]
-    with pytest.raises(StepError, match="No trainable variable reaches the loss"):
-        loop.fit(*blobs(24), verbose=0)
-    assert loop.step == 0
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        history = loop.fit(*blobs(24), verbose=0)
+    assert np.isfinite(history.history["loss"][0])
     for was, now in zip(weights, model.get_weights(), strict=True):
         np.testing.assert_array_equal(was, now)
 

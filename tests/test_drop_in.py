@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 import loopscope
+from loopscope.gear import words_of
 from models import blobs, relative, small_model
 
 OPTIONS = {"epochs": 2, "batch_size": 8, "shuffle": False, "verbose": 0}
@@ -48,9 +49,9 @@ def test_fit_evaluate_and_predict_give_what_the_model_gives():
 def test_a_second_call_goes_on_with_the_same_loop():
     (x, y), model = blobs(40), compiled()
     loopscope.fit(model, x, y, **OPTIONS)
-    loop = model._loopscope_loop
+    loop, _ = model._loopscope_loop
     loopscope.fit(model, x, y, **OPTIONS)
-    assert model._loopscope_loop is loop
+    assert model._loopscope_loop[0] is loop
     assert loop.step == 20
     assert int(model.optimizer.iterations) == 20
 
@@ -74,3 +75,25 @@ def test_a_model_is_forgotten_with_its_loop():
     keras.backend.clear_session()
     gc.collect()
     assert gone() is None
+
+
+def test_what_compile_asks_for_is_obeyed_also_the_next_time():
+    (x, y), model = blobs(40), compiled()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    gears = []
+    for words in ({}, {"run_eagerly": True}, {"jit_compile": True}):
+        model.compile("sgd", loss, **words)
+        loopscope.fit(model, x, y, **OPTIONS)
+        gears.append(model._loopscope_loop[0].gear)
+    assert not gears[0].run_eagerly
+    assert gears[1].run_eagerly
+    assert gears[2].jit_compile
+    assert model._loopscope_loop[0].step == 30
+
+
+def test_compiling_without_xla_means_eager_where_there_is_no_graph():
+    model = compiled()
+    model.compile("sgd", "mse", jit_compile=False)
+    asked = words_of(model)
+    tensorflow = keras.backend.backend() == "tensorflow"
+    assert asked == ({} if tensorflow else {"run_eagerly": True})

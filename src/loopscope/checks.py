@@ -5,12 +5,14 @@ Each check looks and raises; none changes a value.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from typing import Any
 
 import numpy as np
 
 from loopscope.data.arrays import ArraySource
-from loopscope.data.feed import Spec
+from loopscope.data.feed import NativeSpec, Spec
 from loopscope.data.source import Source
 from loopscope.errors import DataError, UsageError
 
@@ -26,15 +28,14 @@ def model(candidate: Any) -> None:
         )
 
 
+def overrides(model: Any, method: str) -> bool:
+    """Whether a model has its own `method`, not Keras's."""
+    own = vars(model).get(method, getattr(type(model), method, None))
+    return not getattr(own, "__module__", "keras").startswith("keras.")
+
+
 def compiled(model: Any, phase: str) -> None:
-    """Refuse the built-in step for a model without a loss, or with its own step."""
-    method = getattr(type(model), f"{phase}_step", None)
-    if not getattr(method, "__module__", "keras").startswith("keras."):
-        raise UsageError(
-            f"{type(model).__name__} overrides `{phase}_step`, which the built-in step "
-            f"would pass over. Write it as `@loop.{phase}_step`. "
-            f"Received: {getattr(method, '__qualname__', method)}"
-        )
+    """Refuse the built-in step for a model without a loss."""
     if phase == "predict" or getattr(model, "compiled", False):
         return
     raise UsageError(
@@ -65,13 +66,17 @@ def count(name: str, value: Any, *, least: int) -> None:
         )
 
 
-def build(model: Any, specs: tuple[Any, ...]) -> None:
+def build(model: Any, specs: tuple[Any, ...], phase: str) -> None:
     """Call the model symbolically: builds it if need be, refuses wrong shapes."""
     import keras
 
-    x = keras.tree.map_structure(
-        lambda s: keras.KerasTensor((None, *s.shape[1:]), s.dtype), specs[0]
-    )
+    leaves = keras.tree.flatten(specs[0])
+    if any(_is_text(leaf) for leaf in leaves) and not _takes_text(model):
+        raise DataError(
+            "Arrays must hold numbers or booleans: the model has no input for text. "
+            f"Received: {words(specs[:1])}"
+        )
+    x = keras.tree.map_structure(_symbol, specs[0])
     try:
         model(x)
     except Exception as error:
@@ -81,8 +86,66 @@ def build(model: Any, specs: tuple[Any, ...]) -> None:
             f"axis is the batch). The model says: {error}"
         ) from error
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and not optimizer.built:
+    if phase == "train" and optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
+
+
+def _symbol(spec: Spec | NativeSpec) -> Any:
+    import keras
+
+    if isinstance(spec, NativeSpec):
+        return spec.tensor
+    return keras.KerasTensor((None, *spec.shape[1:]), spec.dtype)
+
+
+def _is_text(spec: Spec | NativeSpec) -> bool:
+    dtype = spec.tensor.dtype if isinstance(spec, NativeSpec) else spec.dtype
+    return str(dtype) == "string"
+
+
+def _takes_text(model: Any) -> bool:
+    inputs = getattr(model, "inputs", None)
+    return not inputs or any(i.dtype == "string" for i in inputs)
+
+
+def logits(model: Any) -> None:
+    """Warn of a softmax (or sigmoid) output whose loss has `from_logits=True`.
+
+    Keras on TensorFlow notices it while tracing, and takes the logits; elsewhere the
+    loss is computed from the probabilities as if they were logits.
+    """
+    losses, outputs = getattr(model, "loss", None), getattr(model, "outputs", None)
+    if not outputs or losses is None:
+        return
+    import keras
+
+    flat = keras.tree.flatten(losses)
+    if len(flat) != len(outputs):
+        return
+    for loss, output in zip(flat, outputs, strict=True):
+        operation: Any = getattr(
+            getattr(output, "_keras_history", None), "operation", None
+        )
+        activation = getattr(operation, "activation", None)
+        name = getattr(activation, "__name__", type(operation).__name__).lower()
+        config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
+        if name in ("softmax", "sigmoid") and config.get("from_logits"):
+            warnings.warn(
+                f"The output {operation.name!r} ends in a {name}, but its loss "
+                f"{loss.name!r} has from_logits=True: it expects what comes before the "
+                f"{name}. Drop the activation, or set from_logits=False.",
+                stacklevel=6,
+            )
+
+
+def build_quietly(model: Any, specs: tuple[Any, ...], phase: str) -> None:
+    """Build what a model's own step will read, where the data say how.
+
+    Only the step itself knows what it does with its data, so what fails here is left
+    for the step to say.
+    """
+    with contextlib.suppress(Exception):
+        build(model, specs, phase)
 
 
 def labels(model: Any, source: Source) -> None:

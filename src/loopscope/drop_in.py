@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loopscope.gear import words_of
 from loopscope.loop import Loop
 
 _KEPT = "_loopscope_loop"
@@ -67,9 +68,13 @@ def predict(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _loop(model: Any) -> Loop:
-    loop: Loop | None = getattr(model, _KEPT, None)
-    if loop is None or loop.model is not model:
-        loop = Loop(model)
-        # Past Keras, which looks into every attribute that is set on a layer.
-        object.__setattr__(model, _KEPT, loop)
+    kept: tuple[Loop, dict[str, bool]] | None = getattr(model, _KEPT, None)
+    words = words_of(model)
+    if kept is not None and kept[0].model is model and kept[1] == words:
+        return kept[0]
+    loop = Loop(model)
+    if kept is not None and kept[0].model is model:
+        loop.step = kept[0].step  # Compiled anew, with other words: it goes on.
+    # Past Keras, which looks into every attribute that is set on a layer.
+    object.__setattr__(model, _KEPT, (loop, words))
     return loop

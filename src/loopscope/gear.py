@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from loopscope.errors import GearError
 
@@ -97,6 +97,24 @@ def resolve(
             f"Received: gear={gear!r}"
         )
     return wanted
+
+
+def words_of(model: Any) -> dict[str, bool]:
+    """What a model was compiled to ask for: `run_eagerly`, `jit_compile`.
+
+    Empty where `compile` was left to its defaults, which `"auto"` takes for no wish.
+    `jit_compile` counts where it is not what Keras itself would have chosen; where
+    Keras compiles everything by XLA (JAX), refusing that means eager.
+    """
+    if getattr(model, "run_eagerly", False):
+        return {"run_eagerly": True}
+    chosen = getattr(model, "_resolve_auto_jit_compile", None)
+    if not getattr(model, "compiled", False) or chosen is None:
+        return {}
+    wanted = bool(model.jit_compile)
+    if wanted == bool(chosen()):
+        return {}
+    return {"jit_compile": True} if wanted else {"run_eagerly": True}
 
 
 def _from_triple(

@@ -7,6 +7,8 @@ them in as its methods.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from loopscope import checks
 from loopscope.callbacks import CallbackListener
 from loopscope.data.source import Source, as_source
 from loopscope.data.split import split, unpack
+from loopscope.errors import UsageError
+from loopscope.events import Phase
 
 if TYPE_CHECKING:
     from loopscope.loop import Loop
@@ -53,6 +57,8 @@ def fit(
     """
     checks.count("epochs", epochs, least=0)
     checks.count("initial_epoch", initial_epoch, least=0)
+    _check_frequency(validation_freq)
+    epochs = _capped(epochs)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = split(
             (x, y, sample_weight), validation_split, self.backend
@@ -69,33 +75,45 @@ def fit(
                     batch_size=batch_size,
                     shuffle=shuffle,
                     seed=self.seed,
-                    steps_per_epoch=steps_per_epoch,
+                    steps_per_epoch=_whole_calls(self, steps_per_epoch),
                     class_weight=class_weight,
+                    any_parts=checks.overrides(self.model, "train_step"),
                 ),
             )
         )
         validation = None
         if validation_data is not None:
             given = unpack(validation_data)
-            source = self.source(
+            source = _in_order_from_the_start(
+                self,
+                "test",
                 *given,
                 batch_size=validation_batch_size or batch_size,
-                shuffle=False,
-                steps_per_epoch=validation_steps,
+                steps=validation_steps,
             )
             validation = held.enter_context(_held(given[0], source))
             self.prepare("test", validation)
         self.prepare("train", train, epochs_left=max(1, epochs - initial_epoch))
         listener = CallbackListener(
-            self, callbacks, verbose=verbose, epochs=epochs, steps=train.steps
+            self,
+            callbacks,
+            phase="train",
+            verbose=verbose,
+            epochs=epochs,
+            steps=steps_per_epoch or train.steps,
         )
         held.enter_context(listener.subscribed())
-        for epoch in self.epochs(epochs, initial_epoch=initial_epoch):
+
+        def first() -> int:
+            # BackupAndRestore sets it when training begins.
+            return getattr(self.model, "_initial_epoch", None) or initial_epoch
+
+        for epoch in self.run_epochs(first, epochs):
             for _ in epoch.train(train, every=None):
                 pass
             if validation is not None and _is_due(epoch.index, validation_freq):
                 epoch.validate(validation)
-    return listener.history
+    return self.model.history
 
 
 def evaluate(
@@ -108,6 +126,7 @@ def evaluate(
     steps: int | None = None,
     callbacks: Any = None,
     return_dict: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Loss and metrics over some data, as `keras.Model.evaluate` gives them.
 
@@ -116,26 +135,31 @@ def evaluate(
     Returns:
         A float or a list of floats in the order of `model.metrics_names`; with
         `return_dict=True` a dict by name.
+
+    Raises:
+        UsageError: An argument that Keras's `evaluate` does not have either.
     """
-    source = self.source(
-        x,
-        y,
-        sample_weight,
-        batch_size=batch_size,
-        shuffle=False,
-        steps_per_epoch=steps,
+    if kwargs:
+        raise UsageError(
+            f"`evaluate` has no argument {next(iter(kwargs))!r}. "
+            f"Received: {sorted(kwargs)}"
+        )
+    source = _in_order_from_the_start(
+        self, "test", x, y, sample_weight, batch_size=batch_size, steps=steps
     )
     with _held(x, source):
         self.prepare("test", source)
         listener = CallbackListener(
-            self, callbacks, verbose=verbose, epochs=1, steps=source.steps
+            self,
+            callbacks,
+            phase="test",
+            verbose=verbose,
+            epochs=1,
+            steps=steps or source.steps,
         )
         with listener.subscribed():
-            logs = self.test(source)
-    if return_dict:
-        return logs
-    values = list(logs.values())
-    return values[0] if len(values) == 1 else values
+            logs = _flat(self.test(source))
+    return logs if return_dict else _in_order(self.model, logs)
 
 
 def predict(
@@ -151,18 +175,57 @@ def predict(
     Returns:
         NumPy arrays in the structure of the model's output, one row an example.
     """
-    source = self.source(x, batch_size=batch_size, shuffle=False, steps_per_epoch=steps)
+    source = _in_order_from_the_start(
+        self, "predict", x, batch_size=batch_size, steps=steps
+    )
     outputs: list[Any] = []
     with _held(x, source):
         self.prepare("predict", source)
         listener = CallbackListener(
-            self, callbacks, verbose=verbose, epochs=1, steps=source.steps
+            self,
+            callbacks,
+            phase="predict",
+            verbose=verbose,
+            epochs=1,
+            steps=steps or source.steps,
         )
-        self._failed = self._stopping = False
+        self._failed = False
+        self._stopped.discard("predict")
         with listener.subscribed():
             for chunk in self.run_pass("predict", source, None):
                 outputs.append(chunk.outputs)
     return _concatenate(outputs)
+
+
+def _in_order_from_the_start(
+    loop: Loop,
+    phase: Phase,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None,
+    steps: int | None,
+) -> Source:
+    """Data to test or predict on: each pass begins with the first batch."""
+    return as_source(
+        x,
+        y,
+        sample_weight,
+        backend=loop.backend,
+        batch_size=batch_size,
+        shuffle=False,
+        steps_per_epoch=_whole_calls(loop, steps),
+        continues=False,
+        any_parts=checks.overrides(loop.model, f"{phase}_step"),
+    )
+
+
+def _whole_calls(loop: Loop, steps: int | None) -> int | None:
+    """Steps as Keras counts them: in whole calls of `steps_per_execution`."""
+    every = getattr(loop.model, "steps_per_execution", 1) or 1
+    asked = isinstance(steps, int) and steps > 0 and every > 1
+    return -(-steps // every) * every if asked and steps else steps
 
 
 def _held(given: Any, source: Source) -> AbstractContextManager[Source]:
@@ -170,11 +233,52 @@ def _held(given: Any, source: Source) -> AbstractContextManager[Source]:
     return nullcontext(source) if source is given else closing(source)
 
 
+def _capped(epochs: int) -> int:
+    """The number of epochs under `keras.config.max_epochs`."""
+    import keras
+
+    most: int | None = keras.config.max_epochs()
+    if not most or epochs <= most:
+        return epochs
+    warnings.warn(f"Limiting epochs to {most}", stacklevel=3)
+    return most
+
+
 def _is_due(epoch: int, frequency: int | list[int]) -> bool:
     """Whether validation comes after this epoch (counted from 0)."""
     if isinstance(frequency, int):
         return (epoch + 1) % frequency == 0
     return epoch + 1 in frequency
+
+
+def _check_frequency(frequency: Any) -> None:
+    whole = isinstance(frequency, int) and frequency >= 1
+    if not whole and not isinstance(frequency, (list, tuple, set)):
+        raise UsageError(
+            "`validation_freq` must be a whole number of at least 1, or a list of the "
+            "epochs to validate after, counted from 1. "
+            f"Received: validation_freq={frequency!r}"
+        )
+
+
+def _flat(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Logs as Keras returns them: sorted by name, dicts in them taken apart."""
+    flat: dict[str, Any] = {}
+    for name, value in sorted(logs.items()):
+        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _in_order(model: Any, logs: dict[str, Any]) -> Any:
+    """The values of logs in the order of the model's metrics; one alone as it is."""
+    names = [] if getattr(model, "compiled", False) else ["loss"]
+    for metric in getattr(model, "metrics", []):
+        # The metrics of `compile` are kept in one metric.
+        parts = getattr(metric, "metrics", None)
+        names += [m.name for m in parts] if parts is not None else [metric.name]
+    names = [name for name in names if name in logs]
+    values = [logs[name] for name in [*names, *sorted(logs.keys() - set(names))]]
+    return values[0] if len(values) == 1 else values
 
 
 def _concatenate(chunks: list[Any]) -> Any:

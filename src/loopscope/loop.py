@@ -35,8 +35,8 @@ from loopscope.events import (
     TrainBegin,
     TrainEnd,
 )
-from loopscope.gear import AUTO, EAGER, Gear, resolve
-from loopscope.meters import Meters
+from loopscope.gear import AUTO, EAGER, Gear, resolve, words_of
+from loopscope.meters import Initial, Meters
 from loopscope.runner import Done, Runner
 from loopscope.state import State
 
@@ -44,6 +44,8 @@ CHUNK_S = 0.25
 """What a chunk aims to last: often enough for progress and Ctrl-C."""
 
 Listener = Callable[[Event], None]
+ChunkLimit = int | Callable[[int], int]
+"""The most steps of a chunk, or a function of the position that a chunk starts at."""
 
 
 class Loop:
@@ -101,12 +103,10 @@ class Loop:
     ) -> None:
         self.backend = backends.current()
         checks.model(model)
-        if (
-            gear == AUTO
-            and run_eagerly is None
-            and getattr(model, "run_eagerly", False)
-        ):
-            run_eagerly = True
+        unsaid = (run_eagerly, jit_compile, steps_per_execution) == (None, None, None)
+        words = words_of(model) if gear == AUTO and unsaid else {}
+        run_eagerly = words.get("run_eagerly", run_eagerly)
+        jit_compile = words.get("jit_compile", jit_compile)
         self._gear = resolve(
             gear,
             self.backend.gears,
@@ -125,13 +125,14 @@ class Loop:
         self._own: dict[Phase, Callable[..., Any]] = {}
         self._runner = Runner(model, self.backend)
         self._listeners: list[Listener] = []
-        self._chunk_limits: list[Mapping[Phase, int]] = []
+        self._chunk_limits: list[Mapping[Phase, ChunkLimit]] = []
         if steps_per_execution is not None:
             self._chunk_limits.append(dict.fromkeys(PHASES, steps_per_execution))
-        self._stopping = False
+        self._stopped: set[Phase] = set()
         self._failed = False
         self._definition: tuple[Any, ...] = ()
         self._step_s: dict[Phase, float] = {}
+        self._initial: Initial = {}
         self._compile(optimizer, loss, metrics, loss_weights, weighted_metrics)
 
     def _compile(
@@ -194,6 +195,9 @@ class Loop:
         own = getattr(given, "__func__", given) is not base
         if not own:
             checks.compiled(self.model, phase)
+            own = checks.overrides(self.model, f"{phase}_step")
+            if own or (phase != "predict" and _reports(self.model)):
+                given = step.ModelStep(self.model, phase, overridden=own)
         self._runner.stage(phase, given, own=own)
         self._definition = checks.definition(self.model)
 
@@ -216,27 +220,34 @@ class Loop:
         return self._runner.state
 
     def subscribe(
-        self, listener: Listener, *, chunk_steps: Mapping[Phase, int] | None = None
+        self,
+        listener: Listener,
+        *,
+        chunk_steps: Mapping[Phase, ChunkLimit] | None = None,
     ) -> None:
         """Send every event to `listener`.
 
         Args:
             listener: Called with each `loopscope.events.Event`, in order.
-            chunk_steps: The most steps, by phase, that may lie between two events.
+            chunk_steps: The most steps, by phase, that may lie between two events: a
+                number, or a function of the position in the pass that gives one.
         """
         self._listeners.append(listener)
         self._chunk_limits.append(chunk_steps or {})
 
     def unsubscribe(
-        self, listener: Listener, *, chunk_steps: Mapping[Phase, int] | None = None
+        self,
+        listener: Listener,
+        *,
+        chunk_steps: Mapping[Phase, ChunkLimit] | None = None,
     ) -> None:
         """Undo `subscribe` with the same arguments."""
         self._listeners.remove(listener)
         self._chunk_limits.remove(chunk_steps or {})
 
-    def stop(self) -> None:
-        """End training after the chunk that is running."""
-        self._stopping = True
+    def stop(self, phase: Phase = "train") -> None:
+        """End training, or a pass of another phase, after the chunk that is running."""
+        self._stopped.add(phase)
 
     def _emit(self, event: Event) -> None:
         for listener in tuple(self._listeners):
@@ -313,14 +324,16 @@ class Loop:
         """
         checks.count("epochs", epochs, least=0)
         checks.count("initial_epoch", initial_epoch, least=0)
-        return self._epochs(initial_epoch, epochs)
+        return self.run_epochs(lambda: initial_epoch, epochs)
 
-    def _epochs(self, initial_epoch: int, epochs: int) -> Iterator[Epoch]:
-        self._stopping = self._failed = False
+    def run_epochs(self, first: Callable[[], int], epochs: int) -> Iterator[Epoch]:
+        """`epochs`, where what hears of the beginning may move the first epoch."""
+        self._stopped.discard("train")
+        self._failed = False
         logs: Mapping[str, Any] = {}
         try:
             self._emit(TrainBegin(epochs))
-            for number in range(initial_epoch, epochs):
+            for number in range(first(), epochs):
                 epoch = Epoch(self, number, epochs)
                 self._emit(EpochBegin(number, epochs))
                 try:
@@ -329,7 +342,7 @@ class Loop:
                     logs = epoch.close()
                     if not self._failed:
                         self._emit(EpochEnd(number, logs, epoch.seconds))
-                if self._stopping:
+                if "train" in self._stopped:
                     break
         except (Exception, KeyboardInterrupt) as error:
             self._failed = True
@@ -371,7 +384,7 @@ class Loop:
             data = source.open(epoch)
             self._emit(PhaseBegin(phase, limit))
             try:
-                while (limit is None or index < limit) and not self._stopping:
+                while limit is None or index < limit:
                     most = self._chunk_steps(phase, source, index, limit, every)
                     segment = data.take(most)
                     if segment is None:
@@ -380,7 +393,7 @@ class Loop:
                     done = self._run(phase, gear, segment)
                     samples += segment.steps * segment.feed.batch_size
                     if meters is not None:
-                        meters.add(done.outputs, segment.steps)
+                        meters.add(done.outputs, segment.steps, done.logs)
                     chunk = ChunkEnd(
                         phase,
                         index,
@@ -394,6 +407,8 @@ class Loop:
                     index += segment.steps
                     self._emit(chunk)
                     yield chunk
+                    if phase in self._stopped:
+                        break
             finally:
                 data.close()
             self._emit(PhaseEnd(phase, index, meters.results() if meters else {}))
@@ -431,8 +446,11 @@ class Loop:
         limit: int | None,
         every: int | None,
     ) -> int:
+        if phase in self._stopped:
+            return 1  # As Keras does: who stops before a step sees one more.
         most = self._runner.capacity(phase, source.specs)
-        most = min([most, *(c[phase] for c in self._chunk_limits if phase in c)])
+        limits = (c[phase] for c in self._chunk_limits if phase in c)
+        most = min([most, *(n(index) if callable(n) else n for n in limits)])
         if limit is not None:
             most = min(most, limit - index)
         if every is not None:
@@ -442,7 +460,8 @@ class Loop:
 
     def test(self, source: Source) -> dict[str, Any]:
         """Run the test step over a source; the metrics' values by name."""
-        self._failed = self._stopping = False
+        self._failed = False
+        self._stopped.discard("test")
         meters = self.meters("test")
         suspended = meters.suspend()
         meters.reset()
@@ -470,9 +489,13 @@ class Loop:
         self._stage(phase)
         stage = self._runner.stages[phase]
         gear = self._gear if phase == "train" else self._test_gear
+        if isinstance(stage.step, step.ModelStep):
+            checks.build_quietly(self.model, source.specs, phase)
         if not stage.own and source not in stage.checked:
-            checks.build(self.model, source.specs)
+            checks.build(self.model, source.specs, phase)
             checks.labels(self.model, source)
+            if not stage.checked:
+                checks.logits(self.model)
             stage.checked.append(source)
         if not (stage.own and gear is not None and gear.run_eagerly):
             gear = self._trace(phase, source, gear)
@@ -559,11 +582,21 @@ class Loop:
         """The metrics that belong to a phase's step."""
         self._stage(phase)
         stage = self._runner.stages[phase]
+        keras = not stage.own or isinstance(stage.step, step.ModelStep)
+        if keras:
+            return Meters(
+                self.model, [], self.backend, keras=True, initial=self._initial
+            )
         # An own step updates the model's metrics by name, or through the built-in one.
         called = {"compute_metrics", f"{phase}_step"} & stage.found.names
-        of_model = not stage.own or bool(called)
-        model = self.model if of_model else None
-        return Meters(model, stage.found.metrics, self.backend)
+        model = self.model if called else None
+        found = stage.found.metrics
+        return Meters(model, found, self.backend, initial=self._initial)
+
+
+def _reports(model: Any) -> bool:
+    """Whether what a step reports is decided by the model's own `compute_metrics`."""
+    return checks.overrides(model, "compute_metrics")
 
 
 def _is_step(x: Any, y: Any, backend: Any) -> bool:

@@ -21,6 +21,7 @@ from loopscope.errors import StepError
 from loopscope.events import Compiled, Phase
 from loopscope.gear import EAGER, Gear
 from loopscope.state import State
+from loopscope.step import LOGS, ModelStep
 
 CAPACITY = 1024
 """The most steps of one call: the length of the buffers for their outputs."""
@@ -35,6 +36,7 @@ class Stage:
 
     step: Step
     own: bool
+    """Whether the user wrote the step: it is looked through for what it works on."""
     found: Found
     traces: dict[str, Trace] = field(default_factory=dict)
     programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
@@ -49,6 +51,8 @@ class Done:
     outputs: dict[str, np.ndarray]
     wall_s: float
     compiled: tuple[Compiled, ...]
+    logs: Any = None
+    """What Keras calls the logs of the last step, where the step gives them."""
 
 
 class Runner:
@@ -72,7 +76,7 @@ class Runner:
         """The stage of a phase; a new one if the step is not the one before."""
         stage = self.stages.get(phase)
         if stage is None or stage.step != step:
-            found = discover(step) if own else Found()
+            found = _found(step) if own else Found()
             stage = self.stages[phase] = Stage(step, own, found)
             self._state = None
         return stage
@@ -85,7 +89,10 @@ class Runner:
     def executable(self, phase: Phase) -> Step:
         """The phase's step as the backend gets it."""
         step = _python(self.stages[phase].step)
-        return step if phase == "predict" else _named_outputs(step, phase)
+        if phase != "predict":
+            return _named_outputs(step, phase)
+        # Labels may come with the data; only the model's own step sees them.
+        return step if isinstance(step, ModelStep) else _first_part(step)
 
     @property
     def state(self) -> State:
@@ -153,7 +160,8 @@ class Runner:
             outputs.append(self._advance(phase, gear, segment, start, stop))
             start = stop
         wall_s = time.perf_counter() - began
-        return Done(_join(outputs), wall_s, tuple(compiled))
+        joined, logs = _without_logs(_join(outputs))
+        return Done(joined, wall_s, tuple(compiled), logs)
 
     def keep(self, phase: Phase, gear: Gear) -> None:
         """Drop a phase's programs in every other gear."""
@@ -167,7 +175,10 @@ class Runner:
         import keras
 
         outputs = keras.tree.flatten(self.trace(phase, specs).outputs)
-        size = sum(int(np.prod(o.shape)) * np.dtype(o.dtype).itemsize for o in outputs)
+        size = sum(
+            int(np.prod([axis or 1 for axis in o.shape])) * np.dtype(o.dtype).itemsize
+            for o in outputs
+        )
         return int(max(1, min(CAPACITY, PREDICT_BYTES // max(1, size))))
 
     def _program(self, phase: Phase, gear: Gear, segment: Segment) -> Program:
@@ -235,6 +246,43 @@ class Runner:
             self.finished += 1
 
 
+def _found(step: Step) -> Found:
+    """What an own step works on: what it names, or what its model has."""
+    if not isinstance(step, ModelStep):
+        return discover(step)
+    import keras
+
+    owned = list(vars(step.model).values())
+    return Found(
+        optimizers=[v for v in owned if isinstance(v, keras.optimizers.Optimizer)],
+        metrics=[v for v in owned if isinstance(v, keras.metrics.Metric)],
+    )
+
+
+def _first_part(step: Step) -> Step:
+    def first(x: Any, *_: Any) -> Any:
+        return step(x)
+
+    first.__module__ = getattr(step, "__module__", "")
+    return first
+
+
+def _without_logs(outputs: Any) -> tuple[Any, Any]:
+    """The outputs by name, and the logs of the last step.
+
+    A model's own step has no outputs but its logs: their scalars are taken for it.
+    """
+    if not isinstance(outputs, dict) or LOGS not in outputs:
+        return outputs, None
+    import keras
+
+    stacked = outputs[LOGS]
+    named = {name: value for name, value in outputs.items() if name != LOGS}
+    if not named and isinstance(stacked, dict):
+        named = {n: v for n, v in stacked.items() if getattr(v, "ndim", None) == 1}
+    return named, keras.tree.map_structure(lambda v: v[-1], stacked)
+
+
 def _python(step: Step) -> Step:
     """The function inside a `tf.function`: the gear decides how it is compiled."""
     return getattr(step, "python_function", step)
@@ -273,7 +321,8 @@ def _check_outputs(outputs: Any, step: Step, phase: Phase) -> None:
     wrong = {
         key: str(value)
         for key, value in outputs.items()
-        if not isinstance(value, Spec) or value.shape or value.dtype == "string"
+        if key != LOGS
+        and (not isinstance(value, Spec) or value.shape or value.dtype == "string")
     }
     if wrong or (not outputs and phase == "train"):
         raise StepError(

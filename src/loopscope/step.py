@@ -6,10 +6,13 @@ loss scaling and the optimizer are Keras's; here is only their order.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loopscope import backend
+from loopscope.events import Phase
 
 
 def value_and_grad(
@@ -47,48 +50,134 @@ def value_and_grad(
 
 def train_step(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
     """One optimizer update of a compiled model. Returns the loss, a scalar."""
-    variables = model.trainable_variables
-    optimizer = model.optimizer
-
-    def compute_loss() -> tuple[Any, tuple[Any, Any]]:
-        y_pred = model(x, training=True)
-        loss = model.compute_loss(x, y, y_pred, sample_weight, training=True)
-        return optimizer.scale_loss(loss), (loss, y_pred)
-
-    (_, (loss, y_pred)), gradients = value_and_grad(
-        compute_loss, variables, has_aux=True
-    )
-    optimizer.apply(gradients, variables)
-    _update_metrics(model, x, y, y_pred, sample_weight, loss)
+    loss, _ = keras_train_step(model, x, y, sample_weight)
     return loss
 
 
 def test_step(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
     """Loss and metrics of a compiled model, nothing trained. Returns the loss."""
-    y_pred = model(x, training=False)
-    loss = model.compute_loss(x, y, y_pred, sample_weight, training=False)
-    _update_metrics(model, x, y, y_pred, sample_weight, loss)
+    loss, _ = keras_test_step(model, x, y, sample_weight)
     return loss
 
 
 def predict_step(model: Any, x: Any) -> Any:
     """The model's output, in inference mode."""
-    return model(x, training=False)
+    return _call(model, x, training=False)
+
+
+def keras_train_step(
+    model: Any, x: Any, y: Any = None, sample_weight: Any = None
+) -> tuple[Any, Any]:
+    """`train_step` with what the model's `compute_metrics` has returned."""
+    variables = model.trainable_variables
+    optimizer = model.optimizer
+
+    def compute_loss() -> tuple[Any, tuple[Any, Any]]:
+        y_pred = _call(model, x, training=True)
+        loss = _loss(model, x, y, y_pred, sample_weight, training=True)
+        return optimizer.scale_loss(loss), (loss, y_pred)
+
+    if variables:
+        (_, (loss, y_pred)), gradients = value_and_grad(
+            compute_loss, variables, has_aux=True
+        )
+        optimizer.apply(gradients, variables)
+    else:
+        # As Keras does: such a model still has metrics to follow.
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        _, (loss, y_pred) = compute_loss()
+    return loss, _update_metrics(model, x, y, y_pred, sample_weight, loss)
+
+
+def keras_test_step(
+    model: Any, x: Any, y: Any = None, sample_weight: Any = None
+) -> tuple[Any, Any]:
+    """`test_step` with what the model's `compute_metrics` has returned."""
+    y_pred = _call(model, x, training=False)
+    loss = _loss(model, x, y, y_pred, sample_weight, training=False)
+    return loss, _update_metrics(model, x, y, y_pred, sample_weight, loss)
+
+
+LOGS = "loopscope/logs"
+"""The entry of a step's outputs that holds what Keras calls a step's logs."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelStep:
+    """A step in Keras's words: its return value are the logs that callbacks get.
+
+    Args:
+        model: A compiled model.
+        phase: Which of its steps.
+        overridden: Whether the model has its own `train_step` (and so on), which is
+            then called with the data as Keras's `fit` gives them. Otherwise the
+            built-in step, with what the model's own `compute_metrics` returns.
+    """
+
+    model: Any
+    phase: Phase
+    overridden: bool
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ModelStep)
+            and other.model is self.model
+            and (other.phase, other.overridden) == (self.phase, self.overridden)
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.model), self.phase, self.overridden))
+
+    @property
+    def name(self) -> str:
+        """The step in words."""
+        return f"{type(self.model).__name__}.{self.phase}_step"
+
+    def __call__(self, *parts: Any) -> Any:
+        """Run it on the parts of a batch."""
+        if self.overridden:
+            run = backend.current().model_step(self.model, self.phase)
+            result = run(_data(parts))
+            return result if self.phase == "predict" else {LOGS: result}
+        built_in = keras_train_step if self.phase == "train" else keras_test_step
+        loss, logs = built_in(self.model, *parts)
+        return {"loss": loss, LOGS: logs}
+
+
+def _data(parts: tuple[Any, ...]) -> Any:
+    """A batch as Keras's `fit` hands it to a model's own step."""
+    if len(parts) == 1 and not isinstance(parts[0], (tuple, list)):
+        return parts[0]
+    return parts
+
+
+def _call(model: Any, x: Any, *, training: bool) -> Any:
+    # Keras 3.15 keeps in these two words whether a method takes `training`.
+    takes = getattr(model, "_call_has_training_arg", True)
+    return model(x, training=training) if takes else model(x)
+
+
+def _loss(
+    model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool
+) -> Any:
+    if getattr(model, "_compute_loss_has_training_arg", True):
+        return model.compute_loss(x, y, y_pred, sample_weight, training=training)
+    return model.compute_loss(x, y, y_pred, sample_weight)
 
 
 def _update_metrics(
     model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, loss: Any
-) -> None:
+) -> Any:
     # Keras's own tracker of the mean loss, weighted by the examples of a batch.
-    tracker = next((m for m in model.metrics if m.name == "loss"), None)
+    tracker = getattr(model, "_loss_tracker", None)
     if tracker is not None:
         tracker.update_state(loss, sample_weight=batch_size(x))
-    model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
 
-def batch_size(x: Any) -> int:
+def batch_size(x: Any) -> Any:
     """The examples of a batch: the length of its first array."""
     import keras
 
-    size: int = keras.tree.flatten(x)[0].shape[0]
-    return size
+    first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
+    return keras.ops.shape(first)[0]

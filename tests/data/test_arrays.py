@@ -96,7 +96,9 @@ def test_rows_of_all_parts_stay_together():
     for a, b, weight in batches(source):
         np.testing.assert_array_equal(a[:, 0], b["left"])
         np.testing.assert_array_equal(b["right"], b["left"] * 10)
-        np.testing.assert_array_equal(weight, b["left"] * 100)
+        # One array of weights counts for each of the outputs.
+        for part in ("left", "right"):
+            np.testing.assert_array_equal(weight[part], b["left"] * 100)
 
 
 def test_lists_of_numbers_are_arrays():

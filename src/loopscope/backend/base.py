@@ -9,13 +9,13 @@ A new backend is one file that passes tests/test_backend_contract.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from loopscope.data.feed import Feed, Spec
+from loopscope.data.feed import Feed, Native, Spec
 from loopscope.gear import Gear
 
 Array = Any
@@ -65,6 +65,9 @@ class Backend(Protocol):
     gears: tuple[Gear, ...]
     """In the order in which `auto` tries them: the surest first."""
 
+    loosens: bool
+    """Whether a program can leave axes of a `"whole"` feed open."""
+
     def device(self) -> str:
         """The device that steps run on, in words."""
         ...
@@ -83,6 +86,18 @@ class Backend(Protocol):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """Copy to the host. Waits for the device."""
+        ...
+
+    def batches(self, adapter: Any) -> Iterable[Any]:
+        """The batches of one of Keras's data adapters, as this framework takes them."""
+        ...
+
+    def native(self, value: Any) -> Native | None:
+        """A leaf of a batch that is no dense array of numbers; `None` if it is one.
+
+        Sparse and ragged arrays and text, of this framework or of another that Keras
+        takes, become this framework's own.
+        """
         ...
 
     def read(self, variable: Any) -> Array:
@@ -124,6 +139,15 @@ class Backend(Protocol):
         """
         ...
 
+    def model_step(self, model: Any, phase: str) -> Step:
+        """A model's own `train_step`, `test_step` or `predict_step` as a step.
+
+        Takes the data of a batch as Keras's `fit` gives them; returns the logs (of
+        `predict_step`, the outputs). Where Keras's own signature is stateless, the
+        variables are read before and assigned after.
+        """
+        ...
+
     def value_and_grad(
         self, fn: Callable[[], Any], variables: Sequence[Any], has_aux: bool
     ) -> tuple[Any, list[Any]]:
@@ -153,7 +177,9 @@ def cut(
         map_structure: The framework's `tree.map_structure`.
     """
     size = feed.batch_size
-    if feed.kind == "take":
+    if feed.kind == "whole":
+        batch = arrays
+    elif feed.kind == "take":
         indices = window(order, index * size, size)
         batch = map_structure(lambda leaf: rows(leaf, indices), arrays)
     else:

@@ -8,16 +8,17 @@ the state as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
 from loopscope.backend.base import Program, Step, Trace, Tree, cut, no_gradient
-from loopscope.data.feed import Feed, Spec
+from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
 
@@ -29,6 +30,7 @@ class JaxBackend:
 
     name = "jax"
     gears = (XLA, FUSED_XLA, EAGER)
+    loosens = False
 
     def device(self) -> str:
         return str(jax.devices()[0].device_kind)
@@ -46,6 +48,24 @@ class JaxBackend:
     def to_numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array)
 
+    def batches(self, adapter: Any) -> Iterable[Any]:
+        batches: Iterable[Any] = adapter.get_jax_iterator()
+        return batches
+
+    def native(self, value: Any) -> Native | None:
+        if kinds.is_scipy_sparse(value):
+            value = kinds.scipy_sparse_to_jax_sparse(value)
+        elif kinds.is_tensorflow_sparse(value):
+            value = kinds.tf_sparse_to_jax_sparse(value)
+        if not kinds.is_jax_sparse(value):
+            return None
+        text = (
+            f"{type(value).__name__}:{value.dtype}{list(value.shape)}, {value.nse} set"
+        )
+        spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), value)
+        tensor = kinds.get_keras_tensor_spec([value])
+        return Native(value, NativeSpec(text, tuple(value.shape), spec, tensor))
+
     def read(self, variable: Any) -> jax.Array:
         return variable.value
 
@@ -55,7 +75,14 @@ class JaxBackend:
     def trace(
         self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
     ) -> Trace:
-        specs = map_structure(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), batch)
+        specs = map_structure(
+            lambda s: (
+                jax.ShapeDtypeStruct(s.shape, s.dtype)
+                if isinstance(s, Spec)
+                else s.handle
+            ),
+            batch,
+        )
         # Outside of eval_shape, so that variables made by the trace (an
         # optimizer's slots) are initialized with real values on leaving.
         with _Scope([(v, v.value) for v in known()], collect_losses=True) as scope:
@@ -79,9 +106,26 @@ class JaxBackend:
         if trace is None:
             return _eager(one)
         pure = _pure(one, variables)
-        if not gear.fused:
+        if not gear.fused or feed.kind == "whole":
             return _stepwise(jax.jit(pure), variables)
         return _fused(pure, variables, trace, capacity)
+
+    def model_step(self, model: Any, phase: str) -> Step:
+        def step(data: Any) -> Any:
+            groups = [model.trainable_variables, model.non_trainable_variables]
+            if phase == "train":
+                groups.append(model.optimizer.variables)
+            if phase != "predict":
+                groups.append(model.metrics_variables)
+            state = tuple(_load(group) for group in groups)
+            outputs, new = getattr(model, f"{phase}_step")(state, data)
+            if phase == "predict":
+                new = (state[0], new)
+            for variables, values in zip(groups, new, strict=True):
+                _store(variables, values)
+            return outputs
+
+        return step
 
     def value_and_grad(
         self, fn: Callable[[], Any], variables: Sequence[Any], has_aux: bool

@@ -51,7 +51,8 @@ class ArraySource:
         arrays: Tuple (x, y, sample_weight), cut short after the last one given;
             each a tree of arrays with the same first axis.
         batch_size: Rows of a step; the last step of an epoch may have fewer.
-        shuffle: Whether each epoch has an order of its own, keyed by (seed, epoch).
+        shuffle: Whether each epoch has an order of its own, keyed by (seed, epoch);
+            `"batch"` shuffles within each batch only.
         seed: The order's seed.
         place: Brings an array to the device.
         steps_per_epoch: The steps of an epoch, where not all. The next epoch goes
@@ -64,7 +65,7 @@ class ArraySource:
         arrays: tuple[Any, ...],
         *,
         batch_size: int,
-        shuffle: bool,
+        shuffle: bool | str,
         seed: int,
         place: Place,
         steps_per_epoch: int | None = None,
@@ -94,7 +95,7 @@ class ArraySource:
         turn, part = divmod(epoch, -(-self._all_steps // self.steps))
         start = part * self.steps
         if start + self.steps > self._all_steps:
-            ran_dry(self.steps, stacklevel=2)
+            ran_dry(stacklevel=2)
         return self._open(turn, start, min(start + self.steps, self._all_steps))
 
     def close(self) -> None:
@@ -126,6 +127,10 @@ class ArraySource:
         return segment
 
     def _order(self, turn: int) -> np.ndarray:
+        if self._shuffle == "batch":
+            rows = permutation(self.samples, seed=self._seed, epoch=turn)
+            by_batch = np.argsort(rows // self.batch_size, kind="stable")
+            return rows[by_batch]
         if self._shuffle:
             return permutation(self.samples, seed=self._seed, epoch=turn)
         return np.arange(self.samples, dtype=np.int32)

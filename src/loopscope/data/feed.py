@@ -7,7 +7,7 @@ one loop and no knowledge of where data come from.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -15,18 +15,54 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spec:
-    """The shape and dtype of an array; the batch axis included."""
+    """The shape and dtype of an array; the batch axis included.
 
-    shape: tuple[int, ...]
+    An axis is `None` where one program is to take any length of it.
+    """
+
+    shape: tuple[int | None, ...]
     dtype: str
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
-def placed(spec: Spec, place: Callable[[Any], Any]) -> Spec:
+@dataclass(frozen=True)
+class NativeSpec:
+    """The kind of an array that only the framework understands: sparse, ragged, text.
+
+    Attributes:
+        text: Says all that a program depends on.
+        shape: Of the array; `None` for an axis that varies.
+        handle: What the framework calls a spec.
+        tensor: What Keras calls one: a `keras.KerasTensor`.
+    """
+
+    text: str
+    shape: tuple[int | None, ...]
+    handle: Any = field(compare=False, repr=False)
+    tensor: Any = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, eq=False)
+class Native:
+    """An array that only the framework understands, with its spec."""
+
+    value: Any
+    spec: NativeSpec
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """The array's shape."""
+        return self.spec.shape
+
+
+def placed(spec: Any, place: Callable[[Any], Any]) -> Any:
     """The spec as it is on the device: JAX, for one, keeps int64 as int32."""
-    if spec.dtype not in ("int64", "uint64", "float64"):
+    if isinstance(spec, NativeSpec) or spec.dtype not in ("int64", "uint64", "float64"):
         return spec
     dtype = place(np.empty(0, spec.dtype)).dtype
     return Spec(spec.shape, str(getattr(dtype, "name", dtype)))
@@ -39,6 +75,7 @@ class Feed:
     Attributes:
         kind: `"take"`: step i is `array[order[i * B : (i + 1) * B]]`.
             `"slice"`: step i is `array[i * B : (i + 1) * B]`.
+            `"whole"`: the arrays are the batch of the only step.
         arrays: A tuple (x, y, ...) of trees of device arrays; `None` leaves are
             not allowed, a missing y is a shorter tuple.
         order: int32 device array of row numbers for `"take"`, else `None`.
@@ -47,7 +84,7 @@ class Feed:
         signature: Hashable; feeds of equal signature run on one compiled program.
     """
 
-    kind: Literal["take", "slice"]
+    kind: Literal["take", "slice", "whole"]
     arrays: tuple[Any, ...]
     order: Any | None
     batch_size: int

@@ -5,14 +5,17 @@ The one place that tells arrays from streams and refuses what is neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from loopscope.data.adapters import Batches, adapted, is_sparse_or_ragged
 from loopscope.data.arrays import ArraySource
 from loopscope.data.feed import Segment
-from loopscope.data.stream import StreamSource
+from loopscope.data.stream import StreamSource, as_batch
 from loopscope.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,11 +37,13 @@ class Pass(Protocol):
 class Source(Protocol):
     """Where batches come from."""
 
-    steps: int | None
-    """The steps of an epoch, `None` if unknown."""
-
     ragged: bool
     """Whether an epoch may end with a smaller batch."""
+
+    @property
+    def steps(self) -> int | None:
+        """The steps of an epoch, `None` if unknown."""
+        ...
 
     @property
     def specs(self) -> tuple[Any, ...]:
@@ -65,12 +70,28 @@ def as_source(
     *,
     backend: Backend,
     batch_size: int | None = None,
-    shuffle: bool = True,
+    shuffle: bool | str = True,
     seed: int = 0,
     steps_per_epoch: int | None = None,
     class_weight: dict[int, float] | None = None,
+    continues: bool = True,
+    any_parts: bool = False,
 ) -> Source:
     """A source over whatever `keras.Model.fit` takes as x, y and sample_weight.
+
+    Args:
+        x: The data.
+        y: Targets, where `x` does not carry them.
+        sample_weight: Weights, where `x` does not carry them.
+        backend: Where the data go.
+        batch_size: Rows of a step, for arrays.
+        shuffle: Whether each epoch has an order of its own, for arrays.
+        seed: The order's seed.
+        steps_per_epoch: The steps of an epoch, where not all.
+        class_weight: A weight for the examples of each class.
+        continues: Whether, with `steps_per_epoch`, an epoch goes on where the last
+            one stopped.
+        any_parts: Whether a batch may have more parts than x, y and sample_weight.
 
     Raises:
         DataError: Empty data, unequal lengths, a `batch_size` below 1, an
@@ -82,7 +103,11 @@ def as_source(
         return x
     if x is None:
         raise DataError("Expected data as `x`. Received: x=None")
-    if is_arrays(x, backend) and not (y is None and is_batches(x)):
+    steps_per_epoch = _capped(steps_per_epoch)
+    read = partial(as_batch, native=backend.native, any_parts=any_parts)
+    given = [part for part in (x, y, sample_weight) if part is not None]
+    listed = y is None and is_batches(x)
+    if all(is_arrays(part, backend) for part in given) and not listed:
         parts: tuple[Any, ...] = (x, y, sample_weight)
         if sample_weight is not None and y is None:
             raise DataError("`sample_weight` needs `y`. Received: y=None")
@@ -90,14 +115,43 @@ def as_source(
             parts = _weighted(parts, class_weight)
         while parts[-1] is None:
             parts = parts[:-1]
+        arrays = tuple(as_arrays(part, backend) for part in parts)
         return ArraySource(
-            tuple(as_arrays(part, backend) for part in parts),
-            batch_size=batch_size or 32,
-            shuffle=bool(shuffle),
+            _one_weight_each(arrays),
+            batch_size=batch_size or _batch_size(arrays, steps_per_epoch),
+            shuffle=shuffle,
             seed=seed,
             place=backend.place,
             steps_per_epoch=steps_per_epoch,
         )
+    batches: Batches | Iterable[Any] | None = None
+    if not listed:
+        batches = adapted(
+            x,
+            y,
+            sample_weight,
+            iterate=backend.batches,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=bool(shuffle),
+            class_weight=class_weight,
+        )
+    if batches is None:
+        batches = _iterable(x, y, sample_weight)
+        if class_weight is not None:
+            weights, plain = class_weight, read
+            read = partial(_weighted_batch, plain, weights)
+    return StreamSource(
+        batches,
+        place=backend.place,
+        steps_per_epoch=steps_per_epoch,
+        continues=continues,
+        loosens=backend.loosens,
+        read=read,
+    )
+
+
+def _iterable(x: Any, y: Any, sample_weight: Any) -> Iterable[Any]:
     if not isinstance(x, Iterable):
         raise DataError(
             "Data must be arrays, a dict or tuple of arrays, or an iterable of "
@@ -109,12 +163,51 @@ def as_source(
                 f"`{name}` must not be given when `x` is an iterable of batches: each "
                 f"batch carries its own. Received: x of type {type(x).__name__}"
             )
-    return StreamSource(
-        _batches(x),
-        place=backend.place,
-        steps_per_epoch=steps_per_epoch,
-        transform=(lambda b: _weighted(b, class_weight)) if class_weight else None,
-    )
+    return x
+
+
+def _capped(steps_per_epoch: int | None) -> int | None:
+    """The steps of an epoch under `keras.config.max_steps_per_epoch`."""
+    import keras
+
+    most: int | None = keras.config.max_steps_per_epoch()
+    if not most or (steps_per_epoch and steps_per_epoch <= most):
+        return steps_per_epoch
+    warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=4)
+    return most
+
+
+def _batch_size(arrays: tuple[Any, ...], steps: int | None) -> int:
+    """What Keras takes where no batch size is given."""
+    import keras
+
+    rows = keras.tree.flatten(arrays)[0].shape[:1]
+    return max(1, -(-int(rows[0]) // steps)) if steps and rows else 32
+
+
+def _one_weight_each(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One array of weights is meant for each of several outputs."""
+    import keras
+
+    if len(arrays) < 3 or not keras.tree.is_nested(arrays[1]):
+        return arrays
+    x, y, weight = arrays
+    if keras.tree.is_nested(weight):
+        try:
+            keras.tree.assert_same_structure(y, weight)
+        except ValueError as error:
+            raise DataError(
+                "You should provide one `sample_weight` array per output in `y`. "
+                f"The two structures did not match: {error}"
+            ) from error
+        return arrays
+    if len(weight.shape) != 1 and tuple(weight.shape[1:]) != (1,):
+        raise DataError(
+            "One `sample_weight` for several outputs must have one number an example, "
+            "shape (examples,); or give one array for each output, in the structure of "
+            f"`y`. Received: sample_weight of shape {tuple(weight.shape)}"
+        )
+    return x, y, keras.tree.map_structure(lambda _: weight, y)
 
 
 def is_arrays(value: Any, backend: Backend) -> bool:
@@ -126,6 +219,8 @@ def is_arrays(value: Any, backend: Backend) -> bool:
             all(is_arrays(v, backend) for v in value)
             or all(isinstance(v, (int, float)) for v in value)
         )
+    if is_sparse_or_ragged(value):
+        return False
     return backend.is_tensor(value) or hasattr(value, "__array__")
 
 
@@ -141,12 +236,21 @@ def as_arrays(value: Any, backend: Backend) -> Any:
     if isinstance(value, dict):
         return {k: as_arrays(v, backend) for k, v in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value[0], (int, float)):
-        return tuple(as_arrays(v, backend) for v in value)
-    if backend.is_tensor(value) or isinstance(value, np.memmap):
-        return value
+        parts = [as_arrays(v, backend) for v in value]
+        return parts if isinstance(value, list) else tuple(parts)
     import keras
 
-    array = np.asarray(value)
+    if backend.is_tensor(value):
+        floats = keras.backend.is_float_dtype(
+            str(keras.backend.standardize_dtype(value.dtype))
+        )
+        return keras.ops.cast(value, keras.config.floatx()) if floats else value
+    if isinstance(value, np.memmap):
+        return value
+    array = _as_numpy(value)
+    native = backend.native(array)
+    if native is not None:
+        return native.value
     if array.dtype.kind == "f" and array.dtype.name != keras.config.floatx():
         array = array.astype(keras.config.floatx())
     if array.dtype.kind not in "biufc":
@@ -157,30 +261,19 @@ def as_arrays(value: Any, backend: Backend) -> Any:
     return array
 
 
-def _batches(x: Iterable[Any]) -> Iterable[Any]:
-    import keras
+def _as_numpy(value: Any) -> np.ndarray:
+    """An array of NumPy, pandas, PyTorch or another framework; in Keras's shape."""
+    if hasattr(value, "to_frame"):  # A series counts as a table of one column.
+        value = value.to_frame()
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+    return np.asarray(value)
 
-    return _Indexed(x) if isinstance(x, keras.utils.PyDataset) else x
 
-
-class _Indexed:
-    """A `keras.utils.PyDataset` as an iterable of its batches."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        if self._dataset.num_batches is None:
-            raise TypeError("unknown length")
-        return int(self._dataset.num_batches)
-
-    def __iter__(self) -> Any:
-        self._dataset.on_epoch_begin()
-        index = 0
-        while self._dataset.num_batches is None or index < self._dataset.num_batches:
-            yield self._dataset[index]
-            index += 1
-        self._dataset.on_epoch_end()
+def _weighted_batch(
+    read: Callable[[Any], tuple[Any, ...]], class_weight: dict[int, float], raw: Any
+) -> tuple[Any, ...]:
+    return _weighted(read(raw), class_weight)
 
 
 def _weighted(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loopscope.data.adapters import can_slice, split_sparse
 from loopscope.data.source import as_arrays, is_arrays, is_batches
 from loopscope.errors import DataError
 
@@ -43,7 +44,10 @@ def split(
             "`validation_split` must lie between 0 and 1. "
             f"Received: validation_split={share}"
         )
-    if not all(is_arrays(part, backend) for part in given):
+    dense = all(is_arrays(part, backend) for part in given)
+    if not dense and can_slice(parts):
+        return split_sparse(parts, share)
+    if not dense:
         raise DataError(
             "`validation_split` works on arrays only. Give `validation_data` instead. "
             f"Received: x of type {type(parts[0]).__name__}"

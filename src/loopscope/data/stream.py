@@ -8,6 +8,7 @@ program of its own. Batches of another shape (a ragged last one) go alone.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from loopscope.data.feed import Feed, Segment, Spec, placed
+from loopscope.data.adapters import Batches, Plain
+from loopscope.data.feed import Feed, Native, NativeSpec, Segment, Spec, placed
 from loopscope.errors import DataError
 
 CHUNK_BYTES = 8 * 2**20
@@ -29,18 +31,44 @@ _END = object()
 
 
 class StreamPass:
-    """One pass over an iterator of batches, prefetched on a thread."""
+    """One pass over an iterator of batches, prefetched on a thread.
 
-    def __init__(self, batches: Iterator[Any], place: Callable[[Any], Any]) -> None:
-        self._place = place
+    Args:
+        batches: The iterator.
+        place: Brings an array to the device.
+        allowed: How many batches may be read; `allow` allows more. So no batch is
+            taken from a generator that is not trained on.
+        loosens: Whether a program can leave axes open, so that batches of ever new
+            shapes need no program each.
+        read: From what the iterator gives to the parts of a batch.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        place: Callable[[Any], Any],
+        *,
+        allowed: float = math.inf,
+        loosens: bool = False,
+        read: Callable[[Any], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self._place, self._read = place, read or as_batch
+        self._shapes = Shapes() if loosens else None
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._stop = threading.Event()
+        self._allowed, self._may_read = allowed, threading.Condition()
         self._current: Segment | None = None
         self._ended = False
         self._thread = threading.Thread(
             target=self._collect, args=(batches,), name="loopscope-data", daemon=True
         )
         self._thread.start()
+
+    def allow(self, batches: float) -> None:
+        """Allow to read so many batches more."""
+        with self._may_read:
+            self._allowed += batches
+            self._may_read.notify_all()
 
     def take(self, limit: int) -> Segment | None:
         """The next steps, at most `limit`, or `None` at the end.
@@ -72,17 +100,24 @@ class StreamPass:
         """End the thread. Batches that were prefetched are dropped."""
         self._stop.set()
         while self._thread.is_alive():
+            with self._may_read:
+                self._may_read.notify_all()
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
         self._ended, self._current = True, None
 
-    def _segment(self, chunk: list[tuple[Any, ...]], capacity: int) -> Segment:
+    def _segment(
+        self, chunk: list[tuple[Any, ...]], capacity: int, loose: Any
+    ) -> Segment:
         import keras
 
         specs = keras.tree.map_structure(
-            lambda spec: placed(spec, self._place), _specs(chunk[0])
+            lambda spec: placed(spec, self._place), loose or _specs(chunk[0])
         )
-        rows = keras.tree.flatten(chunk[0])[0].shape[0]
+        rows = int(keras.tree.flatten(chunk[0])[0].shape[0])
+        if loose is not None or not _is_dense(chunk[0]):
+            (batch,) = chunk
+            return Segment(_whole(batch, specs, rows, self._place), 0, 1)
 
         def stack(*leaves: np.ndarray) -> Any:
             array = np.empty((capacity * rows, *leaves[0].shape[1:]), leaves[0].dtype)
@@ -103,40 +138,54 @@ class StreamPass:
 
     def _collect(self, batches: Iterator[Any]) -> None:
         chunk: list[tuple[Any, ...]] = []
+        loose: Any = None
         usual = current = ""
         capacity = usual_capacity = 1
-        since = time.monotonic()
+        since, count = time.monotonic(), 0
         try:
-            for raw in batches:
-                batch = as_batch(raw)
-                key = repr(_specs(batch))
+            while self._wait_for_leave(count, chunk, capacity, loose):
+                raw = next(batches, _END)
+                if raw is _END:
+                    break
+                count += 1
+                batch = self._read(raw)
+                specs = _specs(batch)
+                key = repr(specs)
                 if not usual:
                     usual, usual_capacity = key, _capacity(batch)
                 if chunk and key != current:
-                    self._put((chunk, capacity))
+                    self._put((chunk, capacity, loose))
                     chunk = []
                 if not chunk:
                     since, current = time.monotonic(), key
                     capacity = usual_capacity if key == usual else 1
+                    if self._shapes is not None:
+                        loose = self._shapes.loosened(specs)
                 chunk.append(batch)
                 late = time.monotonic() - since > CHUNK_WAIT_S
                 if len(chunk) == capacity or late:
-                    self._put((chunk, capacity))
+                    self._put((chunk, capacity, loose))
                     chunk = []
-                if self._stop.is_set():
-                    return
         except BaseException as error:
             if chunk:
-                self._put((chunk, capacity))
+                self._put((chunk, capacity, loose))
             self._put(error)
         else:
             if chunk:
-                self._put((chunk, capacity))
+                self._put((chunk, capacity, loose))
             self._put(_END)
-        finally:
-            close = getattr(batches, "close", None)
-            if callable(close) and self._stop.is_set():
-                close()
+
+    def _wait_for_leave(
+        self, count: int, chunk: list[Any], capacity: int, loose: Any
+    ) -> bool:
+        """Wait until one more batch may be read; `False` if the pass is closed."""
+        if count >= self._allowed and chunk:
+            self._put((chunk.copy(), capacity, loose))
+            chunk.clear()
+        with self._may_read:
+            while count >= self._allowed and not self._stop.is_set():
+                self._may_read.wait()
+        return not self._stop.is_set()
 
     def _put(self, item: Any) -> None:
         while not self._stop.is_set():
@@ -147,33 +196,87 @@ class StreamPass:
                 continue
 
 
+class Shapes:
+    """The shapes that batches have had, and one spec for all that are new.
+
+    The first `EXACT` shapes are kept as they are: the usual one, a ragged last one. A
+    stream that comes with more (texts padded to the longest of a batch) is given specs
+    in which every axis that varies is open.
+    """
+
+    EXACT = 3
+
+    def __init__(self) -> None:
+        self._exact: dict[str, Any] = {}
+        self._loose: Any = None
+
+    def loosened(self, specs: Any) -> Any:
+        """The specs with axes left open, or `None` where the exact ones will do."""
+        import keras
+
+        leaves = keras.tree.flatten(specs)
+        if any(isinstance(leaf, NativeSpec) for leaf in leaves):
+            return None
+        key = repr(specs)
+        if key in self._exact or len(self._exact) < self.EXACT:
+            self._exact[key] = specs
+            return None
+        known = [self._loose] if self._loose is not None else [*self._exact.values()]
+        try:
+            self._loose = keras.tree.map_structure(_common, specs, *known)
+        except (ValueError, TypeError):  # Another structure, another rank.
+            return None
+        return self._loose
+
+
+def _common(spec: Spec, *others: Spec) -> Spec:
+    if any((s.dtype, len(s.shape)) != (spec.dtype, len(spec.shape)) for s in others):
+        raise ValueError("no spec is common to arrays of several dtypes or ranks")
+    axes = zip(spec.shape, *(s.shape for s in others), strict=True)
+    return Spec(tuple(a[0] if len(set(a)) == 1 else None for a in axes), spec.dtype)
+
+
 class StreamSource:
     """Batches out of anything that can be iterated.
 
     Args:
         batches: An iterable of batches: x, (x,), (x, y) or (x, y, sample_weight),
-            each a tree of arrays. Iterated anew in every epoch; with
-            `steps_per_epoch`, an epoch goes on where the last one stopped.
+            each a tree of arrays. Iterated anew in every epoch.
         place: Brings an array to the device.
         steps_per_epoch: The steps of an epoch, where not all of `batches`.
-        transform: Applied to each batch tuple (class weights).
+        continues: Whether, with `steps_per_epoch`, an epoch goes on where the last
+            one stopped.
+        loosens: Whether a program can leave axes open.
+        read: From what the iterator gives to the parts of a batch; `as_batch`.
     """
 
     def __init__(
         self,
-        batches: Iterable[Any],
+        batches: Batches | Iterable[Any],
         *,
         place: Callable[[Any], Any],
         steps_per_epoch: int | None = None,
-        transform: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
+        continues: bool = True,
+        loosens: bool = False,
+        read: Callable[[Any], tuple[Any, ...]] | None = None,
     ) -> None:
-        self._batches, self._place, self._transform = batches, place, transform
+        known = hasattr(batches, "on_epoch_begin") and hasattr(batches, "num_batches")
+        self._batches: Batches = batches if known else Plain(batches)  # type: ignore
+        self._given = batches
+        self._place, self._read, self._loosens = place, read, loosens
         self.ragged = True  # It may be; nobody knows.
-        self._continues = steps_per_epoch is not None
-        self._is_iterator = iter(batches) is batches
-        self.steps = steps_per_epoch or _length(batches)
+        self._asked, self._continues = steps_per_epoch, continues
+        self._length = self._batches.num_batches
         self._open: StreamPass | None = None
+        self._taken = 0
+        """Steps taken of the pass that is open."""
+        self._untouched = self._within_epoch = False
         self._specs: tuple[Any, ...] | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """The steps of an epoch; of a stream without a length, once one is through."""
+        return self._asked or self._length
 
     @property
     def specs(self) -> tuple[Any, ...]:
@@ -189,67 +292,151 @@ class StreamSource:
     def sample(self) -> Segment:
         """The first steps, for measuring; they stay where they are."""
         if self._open is None:
-            self._open = self._start()
+            self._start(self._asked or CHUNK_STEPS)
+            self._untouched = True
+        assert self._open is not None
         first = self._open.peek()
         if first is None:
             raise DataError(
                 "The data are empty: the source gave no batch. Expected at least one. "
-                f"Received: {type(self._batches).__name__}"
+                f"Received: {type(self._given).__name__}"
             )
         return first
 
-    def open(self, epoch: int) -> _Continued | StreamPass:
+    def open(self, epoch: int) -> _EpochOfStream:
         """The epoch's data: from the start, or from where the last epoch stopped."""
-        current, self._open = self._open, None
-        current = current or self._start()
-        if self._continues:
-            self._open = current
-            return _Continued(current, self)
-        return current
+        if self._untouched:
+            self._untouched = False
+            assert self._open is not None
+            if self._asked is None:
+                self._open.allow(math.inf)
+        elif self._open is not None and self._asked is not None and self._continues:
+            self._begin_epoch()
+            self._open.allow(self._asked)
+        else:
+            self._stop()
+            self._start(self._asked or math.inf)
+        assert self._open is not None
+        return _EpochOfStream(self._open, self)
 
     def close(self) -> None:
         """End prefetching."""
+        self._stop()
+        self._end_epoch()
+
+    def _start(self, allowed: float) -> None:
+        self._begin_epoch()
+        self._taken = 0
+        self._open = StreamPass(
+            iter(self._batches),
+            self._place,
+            allowed=allowed,
+            loosens=self._loosens,
+            read=self._read,
+        )
+
+    def _stop(self) -> None:
         if self._open is not None:
             self._open.close()
-            self._open = None
+        self._open, self._untouched = None, False
 
-    def _start(self) -> StreamPass:
-        iterator: Iterator[Any] = iter(self._batches)
-        if self._transform is not None:
-            iterator = map(self._transform, map(as_batch, iterator))
-        return StreamPass(iterator, self._place)
+    def _begin_epoch(self) -> None:
+        if not self._within_epoch:
+            self._within_epoch = True
+            self._batches.on_epoch_begin()
+
+    def _end_epoch(self) -> None:
+        if self._within_epoch:
+            self._within_epoch = False
+            self._batches.on_epoch_end()
+
+    def took(self, steps: int) -> None:
+        """Count steps of the pass that is open. Called by the epoch."""
+        self._taken += steps
+
+    def ended(self, steps: int) -> None:
+        """Take note that an epoch found the end of the data after so many steps."""
+        expected = self.steps
+        if expected is None:
+            self._length = steps
+        elif steps < expected:
+            ran_dry(stacklevel=3)
+        self._stop()
+
+    def finish(self) -> None:
+        """End an epoch: keep the pass only where the next epoch goes on with it."""
+        through = self._length is not None and self._taken >= self._length
+        if self._asked is None or through or not self._continues:
+            self._stop()
+        self._end_epoch()
 
 
-class _Continued:
-    """An epoch of a pass that goes on after it; a dry source starts again."""
+class _EpochOfStream:
+    """An epoch of a stream: a pass, or the part of one."""
 
     def __init__(self, current: StreamPass, source: StreamSource) -> None:
         self._pass, self._source = current, source
+        self._steps = 0
+        self._ended = False
 
     def take(self, limit: int) -> Segment | None:
-        segment = self._pass.take(limit)
-        if segment is None:
-            self._source.close()
-            assert self._source.steps is not None
-            ran_dry(self._source.steps, stacklevel=2)
+        """The next steps, at most `limit`, or `None` at the end."""
+        segment = None if self._ended else self._pass.take(limit)
+        if segment is not None:
+            self._steps += segment.steps
+            self._source.took(segment.steps)
+        elif not self._ended:
+            self._ended = True
+            self._source.ended(self._steps)
         return segment
 
     def close(self) -> None:
-        """The pass stays open for the next epoch."""
+        """The epoch is over; whether the pass is, the source knows."""
+        self._source.finish()
 
 
-def ran_dry(steps_per_epoch: int, *, stacklevel: int) -> None:
-    """Warn that an epoch has fewer steps than it was asked to have."""
+def ran_dry(*, stacklevel: int) -> None:
+    """Warn, in Keras's words, that an epoch has fewer steps than it was to have."""
     warnings.warn(
-        "The source ran out of data before the epoch had its "
-        f"steps_per_epoch={steps_per_epoch} steps; the epoch ends here. "
-        "Give a source that lasts, or a smaller `steps_per_epoch`.",
+        "Your input ran out of data; interrupting training. Make sure that your "
+        "dataset or generator can generate at least `steps_per_epoch * epochs` "
+        "batches. You may need to use the `.repeat()` function when building your "
+        "dataset.",
         stacklevel=stacklevel + 1,
     )
 
 
-def as_batch(raw: Any) -> tuple[Any, ...]:
+def _whole(
+    batch: tuple[Any, ...], specs: Any, rows: int, place: Callable[[Any], Any]
+) -> Feed:
+    """A feed of one batch that cannot be cut out of a longer array."""
+    import keras
+
+    return Feed(
+        kind="whole",
+        arrays=keras.tree.map_structure(
+            lambda leaf: place(leaf) if isinstance(leaf, np.ndarray) else leaf.value,
+            batch,
+        ),
+        order=None,
+        batch_size=rows,
+        specs=specs,
+        signature=("whole", repr(specs)),
+    )
+
+
+def as_batch(
+    raw: Any,
+    *,
+    native: Callable[[Any], Native | None] = lambda leaf: None,
+    any_parts: bool = False,
+) -> tuple[Any, ...]:
     """A batch as a tuple (x, y, sample_weight) of NumPy trees, cut after the last.
+
+    Args:
+        raw: What the iterator gave.
+        native: Takes a leaf that is no dense array of numbers as the framework has it.
+        any_parts: Whether there may be more parts than three.
 
     Raises:
         DataError: Something that is not one to three parts of arrays.
@@ -260,12 +447,18 @@ def as_batch(raw: Any) -> tuple[Any, ...]:
     while parts and parts[-1] is None:
         parts = parts[:-1]
     leaves = keras.tree.flatten(parts)
-    if not 1 <= len(parts) <= 3 or any(leaf is None for leaf in leaves):
+    right = len(parts) >= 1 and (any_parts or len(parts) <= 3)
+    if not right or any(leaf is None for leaf in leaves):
         raise DataError(
             "A batch must be x, (x, y) or (x, y, sample_weight), without None "
             f"in between. Received: {_describe(raw)}"
         )
-    batch: tuple[Any, ...] = keras.tree.map_structure(np.asarray, parts)
+
+    def leaf_of(value: Any) -> Any:
+        found = native(value)
+        return np.asarray(value) if found is None else found
+
+    batch: tuple[Any, ...] = keras.tree.map_structure(leaf_of, parts)
     shapes = [leaf.shape for leaf in keras.tree.flatten(batch)]
     if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
         raise DataError(
@@ -285,20 +478,22 @@ def _specs(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     import keras
 
     specs: tuple[Any, ...] = keras.tree.map_structure(
-        lambda a: Spec(a.shape, a.dtype.name), batch
+        lambda a: a.spec if isinstance(a, Native) else Spec(a.shape, a.dtype.name),
+        batch,
     )
     return specs
+
+
+def _is_dense(batch: tuple[Any, ...]) -> bool:
+    import keras
+
+    return not any(isinstance(leaf, Native) for leaf in keras.tree.flatten(batch))
 
 
 def _capacity(batch: tuple[Any, ...]) -> int:
     import keras
 
+    if not _is_dense(batch):
+        return 1
     size_bytes = sum(leaf.nbytes for leaf in keras.tree.flatten(batch))
     return int(max(1, min(CHUNK_STEPS, CHUNK_BYTES // max(1, size_bytes))))
-
-
-def _length(batches: Any) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None

@@ -1,0 +1,172 @@
+"""Data that Keras knows how to iterate, through Keras's own adapters.
+
+tf.data, `PyDataset` with its workers, torch's DataLoader, Grain, sparse and ragged
+arrays: what `fit` takes is for Keras to say. Here is only the door: the one file that
+names the adapters, which Keras 3.15 keeps private. Generators go without: Keras's
+adapter reads two batches ahead and repeats them in each epoch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from loopscope.errors import DataError
+
+
+class Batches(Protocol):
+    """What can be iterated for batches, epoch by epoch."""
+
+    @property
+    def num_batches(self) -> int | None:
+        """How many there are in an epoch, `None` if unknown."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def on_epoch_begin(self) -> None:
+        """An epoch begins; before it is iterated."""
+        ...
+
+    def on_epoch_end(self) -> None:
+        """An epoch has ended."""
+        ...
+
+
+class Adapted:
+    """Batches out of one of Keras's data adapters.
+
+    Args:
+        adapter: The adapter.
+        iterate: Gives the adapter's batches as the backend wants them.
+    """
+
+    def __init__(self, adapter: Any, iterate: Callable[[Any], Iterable[Any]]) -> None:
+        self._adapter, self._iterate = adapter, iterate
+
+    @property
+    def num_batches(self) -> int | None:
+        """How many the data say that there are."""
+        count: int | None = self._adapter.num_batches
+        return count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._iterate(self._adapter))
+
+    def on_epoch_begin(self) -> None:
+        """Tell the adapter, which may start its workers."""
+        self._adapter.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        """Tell the adapter, which may stop its workers."""
+        self._adapter.on_epoch_end()
+
+
+class Plain:
+    """Any iterable of batches, with nobody to tell of epochs."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+
+    @property
+    def num_batches(self) -> int | None:
+        """The iterable's length, where it has one."""
+        try:
+            return len(self._batches)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def on_epoch_begin(self) -> None:
+        """Nobody to tell."""
+
+    def on_epoch_end(self) -> None:
+        """Nobody to tell."""
+
+
+def adapted(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    iterate: Callable[[Any], Iterable[Any]],
+    batch_size: int | None,
+    steps_per_epoch: int | None,
+    shuffle: bool,
+    class_weight: dict[int, float] | None,
+) -> Adapted | None:
+    """The data through Keras's adapter, or `None` where Keras has none for them.
+
+    Raises:
+        DataError: Keras refuses the data, or an argument that they do not take.
+    """
+    from keras.src.trainers import data_adapters
+
+    if not _known(x, y, sample_weight):
+        return None
+    with warnings.catch_warnings():
+        # Shuffling is the default of `fit`: nobody asked for what is ignored here.
+        warnings.filterwarnings("ignore", "`shuffle=True` was passed", UserWarning)
+        try:
+            adapter = data_adapters.get_data_adapter(
+                x,
+                y,
+                sample_weight,
+                batch_size=batch_size,
+                steps_per_epoch=steps_per_epoch,
+                shuffle=shuffle,
+                class_weight=class_weight,
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    return Adapted(adapter, iterate)
+
+
+def is_sparse_or_ragged(value: Any) -> bool:
+    """Whether Keras takes `value` as an array that has no dense rows to gather."""
+    from keras.src.trainers.data_adapters import data_adapter_utils as kinds
+
+    return bool(
+        kinds.is_scipy_sparse(value)
+        or kinds.is_jax_sparse(value)
+        or kinds.is_tensorflow_sparse(value)
+        or kinds.is_tensorflow_ragged(value)
+    )
+
+
+def can_slice(parts: Any) -> bool:
+    """Whether Keras takes all of these for arrays, sparse and ragged ones included."""
+    from keras.src.trainers.data_adapters import array_data_adapter
+
+    return bool(array_data_adapter.can_convert_arrays(parts))
+
+
+def split_sparse(parts: Any, share: float) -> tuple[Any, Any]:
+    """The first rows and the last `share` of them, where rows cannot be gathered."""
+    from keras.src.trainers.data_adapters import array_slicing
+
+    try:
+        train, rest = array_slicing.train_validation_split(parts, share)
+        return tuple(train), tuple(rest)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _known(x: Any, y: Any, sample_weight: Any) -> bool:
+    """Whether Keras has an adapter for the data."""
+    import keras
+    from keras.src.trainers import data_adapters
+    from keras.src.trainers.data_adapters import array_data_adapter, data_adapter
+
+    if x is None:
+        return False
+    return bool(
+        isinstance(x, (keras.utils.PyDataset, data_adapter.DataAdapter))
+        or data_adapters.is_tf_dataset(x)
+        or data_adapters.is_torch_dataloader(x)
+        or data_adapters.is_grain_dataset(x)
+        or array_data_adapter.can_convert_arrays((x, y, sample_weight))
+    )
