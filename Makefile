@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each backend's tests use every core, so nothing here runs side by side.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow compatibility check format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,15 @@ test-slow: $(DEV) ## run the slow tests that `test` leaves out
 	@$(call PYTEST,tensorflow) -m "slow" || [ $$? -eq 5 ]
 	@echo "== slow tests on JAX"
 	@$(call PYTEST,jax) -m "slow and not once" || [ $$? -eq 5 ]
+
+# docs/compatibility.md lists what the tests beside Keras have compared.
+compatibility: $(DEV) ## compare with Keras's fit, and write docs/compatibility.md
+	@for backend in tensorflow jax; do \
+	  TF_CPP_MIN_LOG_LEVEL=3 KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q \
+	    --junitxml=build/parity-$$backend.xml tests/test_parity_*.py || exit 1; \
+	done
+	@$(BIN)/python tests/compatibility.py build/parity-tensorflow.xml \
+	  build/parity-jax.xml > docs/compatibility.md
 
 check: $(DEV) ## check format, lint, types, import rules and docs; changes nothing
 	@$(BIN)/ruff format --check --quiet --diff .

@@ -1,11 +1,21 @@
 """What every test stands on: a clean Keras, a cache of its own, no thread left over."""
 
 import gc
+import tempfile
 import threading
 
 import keras
 import pytest
 from hypothesis import settings
+
+if keras.backend.backend() == "jax":
+    # Many tests compile the same small programs: once is enough.
+    import jax
+
+    _COMPILED = tempfile.TemporaryDirectory(prefix="loopscope-tests-")
+    jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")

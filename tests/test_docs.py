@@ -386,3 +386,33 @@ def test_the_architecture_draws_the_contracts():
 def test_the_changelog_has_this_version():
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert f"## [{loopscope.__version__}]" in changelog
+
+
+@once
+def test_compatibility_lists_every_case_that_is_compared_and_none_that_failed():
+    import test_parity_callbacks
+    import test_parity_contract
+    import test_parity_data
+    import test_parity_models
+
+    page = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
+    rows = {
+        line.split(" | ")[0].strip("| `") for line in page.splitlines() if "|" in line
+    }
+    cases = [
+        *test_parity_models.CASES,
+        *test_parity_data.KINDS,
+        *test_parity_callbacks.CASES,
+        *test_parity_contract.BAD,
+    ]
+    assert [name for name in cases if name not in rows] == []
+    assert "| NO" not in page
+
+
+@once
+def test_differences_name_tests_that_are_there():
+    page = (ROOT / "docs" / "differences.md").read_text("utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page)) - set(dir(keras.Model))
+    code = "".join(f.read_text("utf-8") for f in (ROOT / "tests").rglob("*.py"))
+    assert len(named) > 10
+    assert [name for name in sorted(named) if f"def {name}(" not in code] == []
