@@ -131,11 +131,19 @@ class WholeFit:
     """`Loop.fit` with validation, metrics, events and a callback.
 
     Timed as Keras's `fit` is: an epoch in the middle of a long training.
+
+    Args:
+        workload: What to train.
+        validation_batch_size: As in `fit`; that of the training where not given.
     """
 
-    def __init__(self, workload: Workload) -> None:
-        self._ours = _shared(workload)
-        self._workload = workload
+    def __init__(
+        self, workload: Workload, validation_batch_size: int | None = None
+    ) -> None:
+        self._validation_batch_size = validation_batch_size or workload.batch_size
+        # Two held fits would hear of each other's steps on one loop.
+        alone = validation_batch_size is not None
+        self._ours = Ours(workload, FUSED) if alone else _shared(workload)
         self.steps = workload.steps
         self._fit: PausedFit | None = None
 
@@ -145,7 +153,7 @@ class WholeFit:
                 self._ours.source,
                 epochs=10**9,
                 validation_data=mnist_validation(),
-                validation_batch_size=self._workload.batch_size,
+                validation_batch_size=self._validation_batch_size,
                 verbose=0,
                 callbacks=[pause],
             )
@@ -190,5 +198,6 @@ MLP_PEERS: dict[str, Callable[[Workload], Peer]] = {
     "bare fused loop": lambda w: Bare(w, validation=False),
     "bare fused loop and validation": lambda w: Bare(w, validation=True),
     "loopscope fit with validation": WholeFit,
+    "loopscope fit with validation, 1,000 a batch": lambda w: WholeFit(w, 1000),
 }
 """For the MLP only."""

@@ -57,7 +57,7 @@ class PausedFit:
     def __init__(self, fit: Callable[[Any], Any]) -> None:
         import keras
 
-        asked: queue.Queue[bool] = queue.Queue()
+        asked: queue.Queue[str] = queue.Queue()
         done: queue.Queue[Any] = queue.Queue()
 
         class Pause(keras.callbacks.Callback):
@@ -69,8 +69,11 @@ class PausedFit:
                 self.wait()
 
             def wait(self) -> None:
-                if not asked.get():
+                what = asked.get()
+                if what == "close":
                     raise _Closed
+                if what == "finish":
+                    self.model.stop_training = True
 
         def run() -> None:
             try:
@@ -86,15 +89,22 @@ class PausedFit:
 
     def epoch(self) -> dict[str, Any]:
         """Let one epoch run; its logs."""
-        self._asked.put(True)
+        self._asked.put("epoch")
         logs = self._done.get()
         if isinstance(logs, BaseException):
             raise logs
         return logs
 
+    def finish(self) -> None:
+        """After an epoch: let `fit` return, as when a callback stops it."""
+        self._asked.put("finish")
+        self._thread.join()
+        if not self._done.empty():
+            raise self._done.get()
+
     def close(self) -> None:
         """End the training."""
-        self._asked.put(False)
+        self._asked.put("close")
         self._thread.join(10)
 
 

@@ -207,7 +207,7 @@ def _without_autotune() -> Any:
     return options
 
 
-def _shuffled_batches(workload: Workload) -> Any:
+def shuffled_batches(workload: Workload) -> Any:
     """What Keras makes of arrays in `fit`, and as fast; without autotuning."""
     x, y = (tf.constant(array) for array in workload.data)
     order = tf.data.Dataset.range(1).map(
@@ -236,9 +236,9 @@ PEERS: dict[str, Callable[[Workload], Peer]] = {
     "tf.function loop, XLA, prefetch": lambda w: TutorialLoop(
         w, function=True, jit_compile=True, prefetch=True
     ),
-    "keras.fit": lambda w: KerasFit(w, [(1, "auto")], dataset=_shuffled_batches),
+    "keras.fit": lambda w: KerasFit(w, [(1, "auto")], dataset=shuffled_batches),
     "keras.fit, best setting": lambda w: KerasFit(
-        w, _fit_settings(w), dataset=_shuffled_batches
+        w, _fit_settings(w), dataset=shuffled_batches
     ),
     "whole epoch by hand": lambda w: WholeEpoch(w, jit_compile=w.name == "mlp"),
 }

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ FIRST_LOSS = 1e-4
 
 FIRST_LOSS_RANDOM = 0.1
 """The same where the step draws random numbers."""
+
+CALLBACKS_TITLE = "## `fit` with the usual callbacks"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,35 @@ def markdown(document: dict[str, Any]) -> str:
         "the least and the most. Absolute times move with the machine and its load: "
         "read the ratios, which are taken within each round.",
         "",
+        *_targets(made),
+    ]
+    lines += ["", "![ms per step of everyone](results.png)"]
+    for name, workload in WORKLOADS.items():
+        of = [r for r in rows if r["workload"] == name]
+        if of:
+            lines += ["", f"## {workload.title[0].upper()}{workload.title[1:]}", ""]
+            lines += _table(of, name)
+    lines += ["", CALLBACKS_TITLE, "", *_callbacks(document.get("callbacks") or [])]
+    lines += ["", "## Whole trainings in `auto`", ""]
+    lines += _choosing(document.get("choosing") or [])
+    lines += ["", "## A long run", "", *_long_run(document.get("long_run") or {})]
+    return "\n".join(lines) + "\n"
+
+
+def callbacks_alone(rows: list[Row]) -> str:
+    """The section on `fit` with callbacks, and its targets."""
+    lines = [
+        *_targets([*_callbacks_targets(rows)]),
+        "",
+        CALLBACKS_TITLE,
+        "",
+        *_callbacks(rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _targets(made: list[Target]) -> list[str]:
+    lines = [
         "## Targets",
         "",
         "| statement | reached | met |",
@@ -69,16 +100,7 @@ def markdown(document: dict[str, Any]) -> str:
             f"- {t.statement}. Reached: {t.reached}.{' ' + t.why if t.why else ''}"
             for t in missed
         ]
-    lines += ["", "![ms per step of everyone](results.png)"]
-    for name, workload in WORKLOADS.items():
-        of = [r for r in rows if r["workload"] == name]
-        if of:
-            lines += ["", f"## {workload.title[0].upper()}{workload.title[1:]}", ""]
-            lines += _table(of, name)
-    lines += ["", "## Whole trainings in `auto`", ""]
-    lines += _choosing(document.get("choosing") or [])
-    lines += ["", "## A long run", "", *_long_run(document.get("long_run") or {})]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _yes(target: Target) -> str:
@@ -165,6 +187,49 @@ def _same_training(rows: list[Row], workload: str) -> list[str]:
     return lines
 
 
+def _callbacks(rows: list[Row]) -> list[str]:
+    if not rows:
+        return ["Not measured."]
+    lines = [
+        "The bar of `verbose=1`, ModelCheckpoint after each epoch, EarlyStopping and "
+        "CSVLogger. Both are given the same arrays and a model compiled with Keras's "
+        "defaults; an epoch in the middle of a long training is timed, with what its "
+        "end brings. On TensorFlow an epoch of Keras's may wait at its end for the "
+        "autotuning of its pipeline, so `keras.fit` trains once more without: from a "
+        "`tf.data` pipeline of the same batches. The faster of the two counts.",
+        "",
+        "| workload | backend | `keras.fit`, ms/step | `loopscope.fit`, ms/step | "
+        "times faster | least to most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = _find(rows, row["workload"], row["backend"], "loopscope.fit")
+        if ours is None or row is ours:
+            continue
+        errors = [r["error"] for r in (row, ours) if "error" in r]
+        times, spread = "-", "; ".join(errors)
+        if not errors:
+            middle, least, most = _ratio(row, ours)
+            times, spread = f"{middle:.2f}", f"{least:.2f} to {most:.2f}"
+        lines.append(
+            f"| {row['workload']} | {row['backend']} | {_said(row)} | {_said(ours)} | "
+            f"{times} | {spread} |"
+        )
+    lines.append("")
+    for name in WORKLOADS:
+        of = [r for r in rows if r["workload"] == name]
+        lines += [f"- {name}: {line[2:]}" for line in _same_training(of, name)]
+    return lines
+
+
+def _said(row: Row) -> str:
+    """Milliseconds per step, and what is special about them."""
+    _, _, special = row["peer"].partition(", ")
+    special = special or row.get("about", "")
+    ms = f"{row['median']:.3f}" if "median" in row else "-"
+    return f"{ms} ({special})" if special else ms
+
+
 def _long_run(long_run: dict[str, Any]) -> list[str]:
     if "flat" not in long_run:
         return [f"Not measured. {long_run.get('error', '')}".strip()]
@@ -241,6 +306,7 @@ def targets(document: dict[str, Any]) -> list[Target]:
     for workload in WORKLOADS:
         for backend in ("tensorflow", "jax"):
             made += _auto_targets(rows, workload, backend)
+    made += _callbacks_targets(document.get("callbacks") or [])
     made.append(_choosing_target(document.get("choosing") or []))
     return made + _long_targets(document.get("long_run") or {})
 
@@ -293,22 +359,27 @@ def _mlp_targets(rows: list[Row]) -> list[Target]:
                 f"Against the same floor: {', '.join(others)}.",
             )
         )
-    whole = find("tensorflow", "loopscope fit with validation")
-    for bare in ("bare fused loop", "bare fused loop and validation"):
-        base = find("tensorflow", bare)
+    fit, wide = "loopscope fit with validation", ", 1,000 a batch"
+    for peer, bare in (
+        (fit, "bare fused loop"),
+        (fit + wide, "bare fused loop"),
+        (fit, "bare fused loop and validation"),
+    ):
+        whole, base = find("tensorflow", peer), find("tensorflow", bare)
         if whole is None or base is None:
             continue
         middle, least, most = (100 * (r - 1) for r in _ratio(whole, base))
         why = ""
         if "validation" not in bare:
             why = (
-                "Here the forward pass over 10,000 validation images counts as "
-                "added; the next line compares with a bare loop that does it too."
+                "Here the forward pass over 10,000 validation images, 64 a batch, "
+                "counts as added; the next lines take batches of 1,000, and compare "
+                "with a bare loop that validates too."
             )
         made.append(
             Target(
-                f"{mlp}: `fit` with validation, metrics and events adds at most 10 % "
-                f"to the {bare}",
+                f"{mlp}: `fit` with validation{wide if peer != fit else ''}, metrics "
+                f"and events adds at most 10 % to the {bare}",
                 f"{middle:+.1f} % ({least:+.1f} to {most:+.1f})",
                 middle <= 10,
                 why,
@@ -340,6 +411,36 @@ def _auto_targets(rows: list[Row], workload: str, backend: str) -> list[Target]:
             )
         )
     return made
+
+
+def _callbacks_targets(rows: list[Row]) -> Iterator[Target]:
+    """`fit` with the usual callbacks against the faster of Keras's."""
+    rows = [r for r in rows if _ms(r) < math.inf]
+    for name, workload in WORKLOADS.items():
+        for backend in ("tensorflow", "jax"):
+            of = [r for r in rows if (r["workload"], r["backend"]) == (name, backend)]
+            ours = _find(of, name, backend, "loopscope.fit")
+            theirs = [r for r in of if r is not ours]
+            if not theirs:
+                continue
+            best = min(theirs, key=_ms)
+            why = f"In gear {ours.get('about', '')}." if ours else ""
+            yield _at_most(
+                1.0,
+                f"{workload.title}, {backend}: `fit` with the usual callbacks takes at "
+                f"most 1.00 of `keras.fit`'s time ({best['peer']})",
+                ours,
+                best,
+                why,
+            )
+            if (name, backend) == ("mlp", "tensorflow"):
+                yield _at_least(
+                    5,
+                    "Tutorial MLP, TensorFlow: `fit` with the usual callbacks at least "
+                    f"5 times as fast as Keras's default ({best['peer']})",
+                    best,
+                    ours,
+                )
 
 
 def _long_targets(long_run: dict[str, Any]) -> list[Target]:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from workloads import WORKLOADS
 
 HERE = Path(__file__).parent
 BACKENDS = ("tensorflow", "jax")
+ONE_THREAD = "one thread"
+"""Stands in a row's `backend` for the floor, which belongs to none."""
+
 PATIENCE_S = 60.0
 """How long a program that may be hopeless can take for its first step, or epoch."""
 
@@ -49,6 +53,8 @@ RISKY = {
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
+Who = Callable[[str, str], list[tuple[str, str]]]
+"""Of a backend and a workload: (module, peer) of everyone who is to train."""
 
 
 class Worker:
@@ -60,9 +66,11 @@ class Worker:
     """
 
     def __init__(self, backend: str, *, one_thread: bool = False) -> None:
+        self._folder = tempfile.TemporaryDirectory()
         environment = {
             **os.environ,
             "KERAS_BACKEND": backend,
+            "TMPDIR": self._folder.name,
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "LOOPSCOPE_CACHE": "0",
         }
@@ -110,13 +118,19 @@ class Worker:
         return " ".join(self._log.read().splitlines()[-2:])[-300:]
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; what it has written to temporary files goes with it."""
         self._process.kill()
         self._process.wait()
+        self._folder.cleanup()
 
 
-def peers_of(backend: str, workload: str, quick: bool) -> list[tuple[str, str]]:
+def peers_of(
+    backend: str, workload: str, *, quick: bool = False
+) -> list[tuple[str, str]]:
     """(module, peer) of everyone who trains a workload on a backend."""
+    if backend == ONE_THREAD:
+        floors = ("floor, NumPy", "floor, XLA") if workload == "mlp" else ()
+        return [("floor", peer) for peer in floors]
     gears = ["auto", "graph", "fused-graph", "xla", "fused-xla", "eager"]
     by_hand = ["eager loop", "tf.function loop", "tf.function loop, XLA, prefetch"]
     fits = ["keras.fit", "keras.fit, best setting"]
@@ -129,6 +143,7 @@ def peers_of(backend: str, workload: str, quick: bool) -> list[tuple[str, str]]:
     if workload == "mlp":
         around = ["bare fused loop", "bare fused loop and validation"]
         around += ["loopscope fit with validation"]
+        around += ["loopscope fit with validation, 1,000 a batch"]
         if backend == "tensorflow":
             theirs.append("whole epoch by hand, TensorFlow operations only")
     if quick:
@@ -142,9 +157,17 @@ def peers_of(backend: str, workload: str, quick: bool) -> list[tuple[str, str]]:
     ]
 
 
+def fits_with_callbacks(backend: str, workload: str) -> list[tuple[str, str]]:
+    """(module, peer) of everyone who is compared with the usual callbacks."""
+    peers = ["keras.fit", "keras.fit, no autotuning", "loopscope.fit"]
+    if backend != "tensorflow":
+        peers.remove("keras.fit, no autotuning")
+    return [] if backend == ONE_THREAD else [("callbacks", peer) for peer in peers]
+
+
 @contextmanager
 def workers_for(
-    workload: str, backends: list[str], quick: bool
+    workload: str, backends: list[str], who: Who
 ) -> Iterator[list[tuple[Worker, Row]]]:
     """Everyone who is to train, each with the process that it trains in.
 
@@ -153,8 +176,9 @@ def workers_for(
     started: list[Worker] = []
     made: list[tuple[Worker, Row]] = []
 
-    def start(backend: str, **options: Any) -> Worker:
-        started.append(Worker(backend, **options))
+    def start(backend: str) -> Worker:
+        alone = backend == ONE_THREAD
+        started.append(Worker("jax" if alone else backend, one_thread=alone))
         return started[-1]
 
     def add(worker: Worker, backend: str, module: str, peer: str) -> None:
@@ -162,16 +186,15 @@ def workers_for(
         made.append((worker, {**row, "peer": peer, "ms": [], "cpu_ms": []}))
 
     try:
-        for backend in backends:
+        for backend in (*backends, ONE_THREAD):
+            peers = who(backend, workload)
+            if not peers:
+                continue
             worker = start(backend)
-            for module, peer in peers_of(backend, workload, quick):
+            for module, peer in peers:
                 risky = workload in RISKY.get((backend, peer), ())
                 own = start(backend) if risky else worker
                 add(own, backend, module, peer)
-        if workload == "mlp":
-            worker = start("jax", one_thread=True)
-            for peer in ("floor, NumPy", "floor, XLA"):
-                add(worker, "one thread", "floor", peer)
         yield made
     finally:
         for worker in started:
@@ -197,10 +220,10 @@ def prepare(worker: Worker, row: Row, best_ms: float) -> None:
 
 
 def measure(
-    workload: str, backends: list[str], rounds: int, quick: bool, say: Say
+    workload: str, backends: list[str], rounds: int, who: Who, say: Say
 ) -> list[Row]:
     """Everyone's milliseconds per step on one workload."""
-    with workers_for(workload, backends, quick) as everyone:
+    with workers_for(workload, backends, who) as everyone:
         best_ms = float("inf")
         # The hopeless ones last: by then it is known what they lose against.
         for worker, row in sorted(
@@ -276,6 +299,21 @@ def choosing(backends: list[str], rounds: int, say: Say) -> list[Row]:
     return rows
 
 
+def with_callbacks(chosen: argparse.Namespace, say: Say) -> list[Row]:
+    """Everyone's milliseconds per step with the usual callbacks."""
+    rows: list[Row] = []
+    for workload in chosen.workloads:
+        rounds, who = rounds_of(workload, chosen), fits_with_callbacks
+        rows += measure(workload, chosen.backends, rounds, who, say)
+    return rows
+
+
+def rounds_of(workload: str, chosen: argparse.Namespace) -> int:
+    """How many rounds a workload is measured in."""
+    usual = 3 if chosen.quick else 11 if workload == "mlp" else 5
+    return int(chosen.rounds or usual)
+
+
 def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -291,6 +329,14 @@ def options() -> argparse.Namespace:
         "--rounds",
         type=int,
         help="default: 11 for the MLP, 5 for the rest, with --quick 3",
+    )
+    parser.add_argument(
+        "--only",
+        choices=("callbacks",),
+        help="measure this section alone and print its tables; writes no files",
+    )
+    parser.add_argument(
+        "--no-callbacks", action="store_true", help="leave fit with callbacks out"
     )
     parser.add_argument("--no-long-run", action="store_true")
     parser.add_argument(
@@ -324,6 +370,12 @@ def main() -> None:
         elapsed = time.strftime("%M:%S", time.gmtime(time.perf_counter() - began))
         print(f"[{elapsed}] {text}", file=sys.stderr, flush=True)
 
+    if chosen.only == "callbacks":
+        from report import callbacks_alone
+
+        rows = with_callbacks(chosen, say)
+        print(json.dumps(rows) if chosen.json else callbacks_alone(rows))
+        return
     file = chosen.out / "results.json" if chosen.out else None
     document: dict[str, Any] = {}
     if chosen.keep and file is not None and file.exists():
@@ -333,9 +385,12 @@ def main() -> None:
     rows = document.setdefault("rows", [])
     for workload in chosen.workloads:
         rows[:] = [r for r in rows if r["workload"] != workload]
-        usual = 3 if chosen.quick else 11 if workload == "mlp" else 5
-        rounds = chosen.rounds or usual
-        rows += measure(workload, chosen.backends, rounds, chosen.quick, say)
+        rounds, who = rounds_of(workload, chosen), partial(peers_of, quick=chosen.quick)
+        rows += measure(workload, chosen.backends, rounds, who, say)
+    if not (chosen.no_callbacks or chosen.quick):
+        kept = document.get("callbacks") or []
+        kept = [r for r in kept if r["workload"] not in chosen.workloads]
+        document["callbacks"] = kept + with_callbacks(chosen, say)
     if not chosen.no_long_run:
         document["long_run"] = long_run(chosen.quick, say)
     if not (chosen.no_choosing or chosen.quick):
