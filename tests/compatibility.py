@@ -59,7 +59,7 @@ and the return value, weights, optimizer and every call of a callback compared, 
 (relative) or 1e-6 (absolute), in the gear in which Keras itself runs. Written by
 `make compatibility` from the tests that ran (`tests/test_parity_*.py`): **yes** passed,
 **-** cannot be compared on this backend: Keras does not have it there, or not in an
-order that can be repeated.
+order that can be repeated, or it is the other backend's own.
 
 Where loopscope differs on purpose: [differences.md](differences.md).
 """

@@ -51,7 +51,7 @@ def _hook(name):
         if position and isinstance(position[0], dict):
             logs, position = position[0], []
         told = {k: v for k, v in (logs or {}).items() if k != "outputs"}
-        iterations = int(self.model.optimizer.iterations)
+        iterations = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
         self.heard.append((name, *[p for p in position if p is not None], told))
         self.heard.append(("iterations", iterations))
 
@@ -73,7 +73,16 @@ class Side:
     error: BaseException | None = None
 
 
-def both(build, call, *, gear=STEP, method="fit", record=True, ignore=("shuffle",)):
+def both(
+    build,
+    call,
+    *,
+    gear=STEP,
+    method="fit",
+    record=True,
+    ignore=("shuffle",),
+    eager=TENSORFLOW,
+):
     """`(Keras's side, ours)` of one call."""
     sides = []
     for ours in (False, True):
@@ -82,7 +91,7 @@ def both(build, call, *, gear=STEP, method="fit", record=True, ignore=("shuffle"
         side, recorder = Side(), Recorder()
         side.model = build()
         # Eager and graph give the same bits on TensorFlow, and eager starts at once.
-        if not ours and TENSORFLOW and side.model.steps_per_execution == 1:
+        if not ours and eager and side.model.steps_per_execution == 1:
             side.model.run_eagerly = True
         args, options = call(side.model)
         options.setdefault("verbose", 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from loopscope import backend as backends
 from loopscope.data.arrays import ArraySource
 from loopscope.data.feed import NativeSpec, Spec
 from loopscope.data.source import Source
@@ -85,6 +86,13 @@ def build(model: Any, specs: tuple[Any, ...], phase: str) -> None:
             f"Expected: {_expected(model)}. Received: {words(specs[:1])} (the first "
             f"axis is the batch). The model says: {error}"
         ) from error
+    scope = backends.current().distribution(model)
+    if scope is not None:
+        # Copies for each replica: Keras itself makes all of them at once.
+        with scope:
+            model._symbolic_build(
+                data_batch=keras.tree.map_structure(_symbol, tuple(specs))
+            )
     optimizer = getattr(model, "optimizer", None)
     if phase == "train" and optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)

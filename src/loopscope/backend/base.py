@@ -10,6 +10,7 @@ A new backend is one file that passes tests/test_backend_contract.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,6 +87,10 @@ class Backend(Protocol):
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """Copy to the host. Waits for the device."""
+        ...
+
+    def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
+        """Where variables of a model with several replicas are made, or `None`."""
         ...
 
     def batches(self, adapter: Any) -> Iterable[Any]:

@@ -48,6 +48,9 @@ class JaxBackend:
     def to_numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array)
 
+    def distribution(self, model: Any) -> None:
+        return None
+
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_jax_iterator()
         return batches

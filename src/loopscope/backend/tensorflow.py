@@ -9,7 +9,7 @@ again for every new (start, stop) under XLA.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import keras
@@ -48,11 +48,19 @@ class TensorFlowBackend:
     def to_numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array)
 
+    def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
+        strategy = getattr(model, "_distribute_strategy", None)
+        if strategy is None or strategy.num_replicas_in_sync < 2:
+            return None
+        scope: AbstractContextManager[Any] = strategy.scope()
+        return scope
+
     def batches(self, adapter: Any) -> Iterable[Any]:
         # Where Keras's own way is a tf.data pipeline around Python, go without it.
         if type(adapter).__name__ in ("TFDatasetAdapter", "ArrayDataAdapter"):
             dataset: Iterable[Any] = adapter.get_tf_dataset()
-            return dataset
+            # One device executes all steps: it takes what each replica would get.
+            return (map_structure(_joined, batch) for batch in dataset)
         batches: Iterable[Any] = adapter.get_numpy_iterator()
         return batches
 
@@ -77,11 +85,14 @@ class TensorFlowBackend:
         # Shares the variable's buffer; an assignment copies it first if shared. The
         # plain operation takes half of the time of `variable.value()`.
         native = _native(variable)
+        if isinstance(native, tf.distribute.DistributedValues):
+            return native.read_value()
         return tf.raw_ops.ReadVariableOp(resource=native.handle, dtype=native.dtype)
 
     def assign(self, variable: Any, value: Any) -> None:
         native = _native(variable)
-        if isinstance(value, tf.Tensor) and value.dtype == native.dtype:
+        plain = not isinstance(native, tf.distribute.DistributedValues)
+        if plain and isinstance(value, tf.Tensor) and value.dtype == native.dtype:
             # The plain operation takes a sixth of the time of `variable.assign`.
             tf.raw_ops.AssignVariableOp(resource=native.handle, value=value)
         else:
@@ -133,6 +144,15 @@ class TensorFlowBackend:
         if all(grad is None for grad in grads):
             raise StepError(no_gradient(variables))
         return value, list(grads)
+
+
+def _joined(value: Any) -> Any:
+    """What a distributed dataset has for each replica, as one batch."""
+    if not isinstance(value, tf.distribute.DistributedValues):
+        return value
+    parts = value.values
+    sparse = isinstance(parts[0], tf.SparseTensor)
+    return tf.sparse.concat(0, list(parts)) if sparse else tf.concat(parts, 0)
 
 
 def _type_spec(spec: Spec | NativeSpec) -> Any:
