@@ -57,7 +57,7 @@ What Keras users have in `fit`, `evaluate` and `predict`, compared with loopscop
 by side: the same model, weights and data, trained once by Keras and once by loopscope,
 and the return value, weights, optimizer and every call of a callback compared, to 1e-5
 (relative) or 1e-6 (absolute), in the gear in which Keras itself runs. Written by
-`make compatibility` from the tests that ran (`tests/test_parity_*.py`): **yes** passed,
+`make compatibility` from the tests that ran, in the folder `tests`: **yes** passed,
 **-** cannot be compared on this backend: Keras does not have it there, or not in an
 order that can be repeated, or it is the other backend's own.
 
