@@ -126,8 +126,12 @@ def assert_alike(theirs, ours, *, tolerance=TOLERANCE):
     assert_same(ours.value, theirs.value, tolerance)
     told = [[h[0] for h in side.heard] for side in (ours, theirs)]
     assert told[0] == told[1], (ours.heard, theirs.heard)
+    batches = 0
     for mine, keras_own in zip(ours.heard, theirs.heard, strict=True):
-        assert_same(mine, keras_own, tolerance)
+        batches += mine[0] == "on_train_batch_end"
+        # The first steps are the same but for rounding; that grows.
+        first = batches <= 3 and tolerance == TOLERANCE
+        assert_same(mine, keras_own, tolerance / 10 if first else tolerance)
     trained = isinstance(theirs.value, keras.callbacks.History)
     for variable, other in zip(
         _variables(ours.model, trained), _variables(theirs.model, trained), strict=True
@@ -164,6 +168,6 @@ def assert_same(mine, other, tolerance):
     else:
         assert isinstance(mine, type(other)) or not isinstance(other, float)
         np.testing.assert_allclose(
-            np.asarray(mine), np.asarray(other), rtol=10 * tolerance, atol=tolerance
+            np.asarray(mine), np.asarray(other), rtol=10 * tolerance, atol=TOLERANCE
         )
     return None

@@ -448,3 +448,46 @@ def test_data_on_a_single_axis_train_as_in_keras():
     assert (theirs.error is None) == (ours.error is None)
     if theirs.error is None:
         assert_alike(theirs, ours)
+
+
+def test_shuffling_data_that_are_not_shuffled_here_is_no_news():
+    theirs, ours = both(model, lambda _: ((dataset(),), {"epochs": 1}), ignore=())
+    assert any("`shuffle=True` was passed" in text for text in theirs.warned)
+    assert ours.warned == []
+
+
+def test_a_list_of_tuples_is_a_list_of_batches():
+    def call(_):
+        return (batches(),), {"epochs": 1}
+
+    _, ours = both(model, call)
+    assert ours.error is None
+    assert int(ours.model.optimizer.iterations) == len(batches())
+
+
+def test_batches_of_a_pydataset_with_workers_come_in_order():
+    def losses(workers):
+        def call(_):
+            return (Indexed(workers=workers),), {"epochs": 2, "shuffle": False}
+
+        _, ours = both(model, call)
+        return ours.value.history["loss"]
+
+    assert losses(3) == losses(1)
+
+
+def test_predict_tells_callbacks_the_rows_of_a_batch():
+    told = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch, logs=None):
+            told.append((batch, np.asarray(logs["outputs"])))
+
+    def call(_):
+        return (X,), {"batch_size": SIZE, "callbacks": [Looks()]}
+
+    theirs, ours = both(model, call, method="predict")
+    assert_alike(theirs, ours)
+    assert [batch for batch, _ in told] == [0, 1, 2, 0, 1, 2]
+    for (_, other), (_, mine) in zip(told[:3], told[3:], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5)
