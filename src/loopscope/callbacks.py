@@ -77,7 +77,8 @@ class CallbackListener:
         self._phase = phase
         # Keras calls batch hooks once for so many steps.
         self._every = max(1, int(getattr(self._model, "steps_per_execution", 1) or 1))
-        self._told = {phase: bool(self._hooked(phase)) for phase in PHASES}
+        self._told = {phase: self._hooked(phase) for phase in PHASES}
+        """The callbacks that do something at the batches of each phase."""
         self._begun: int | None = None
         """The step that batch hooks were told to begin with, until told its end."""
         self._unsaid: ChunkEnd | None = None
@@ -104,7 +105,7 @@ class CallbackListener:
 
     def _limit(self, phase: Phase) -> Callable[[int], int]:
         """The most steps before a callback has to be called again."""
-        callbacks = self._hooked(phase)
+        callbacks = self._told[phase]
 
         def limit(index: int) -> int:
             if self._every > 1:
@@ -159,7 +160,7 @@ class CallbackListener:
         whole = begun + self._every - 1
         last = event.index + event.steps - 1 if self._every == 1 else whole
         logs: dict[str, Any] = (
-            {"outputs": _rows(event.outputs)}
+            {"outputs": rows(event.outputs)}
             if event.phase == "predict"
             else dict(event.logs())
         )
@@ -214,7 +215,7 @@ def _patience(callback: Any) -> int:
     return 1
 
 
-def _rows(outputs: Any) -> Any:
+def rows(outputs: Any) -> Any:
     """Outputs of shape (steps, batch, ...) as one row an example."""
     import keras
 

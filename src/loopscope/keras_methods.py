@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loopscope import checks
-from loopscope.callbacks import CallbackListener
+from loopscope.callbacks import CallbackListener, rows
 from loopscope.data.source import Source, as_source
 from loopscope.data.split import split, unpack
 from loopscope.errors import UsageError
@@ -286,6 +286,5 @@ def _concatenate(chunks: list[Any]) -> Any:
     import keras
 
     return keras.tree.map_structure(
-        lambda *parts: np.concatenate([p.reshape(-1, *p.shape[2:]) for p in parts]),
-        *chunks,
+        lambda *parts: np.concatenate(parts), *map(rows, chunks)
     )

@@ -196,7 +196,9 @@ class Loop:
         if not own:
             checks.compiled(self.model, phase)
             own = checks.overrides(self.model, f"{phase}_step")
-            if own or (phase != "predict" and _reports(self.model)):
+            # What a step reports may be for the model's own method to say.
+            reports = checks.overrides(self.model, "compute_metrics")
+            if own or (reports and phase != "predict"):
                 given = step.ModelStep(self.model, phase, overridden=own)
         self._runner.stage(phase, given, own=own)
         self._definition = checks.definition(self.model)
@@ -592,11 +594,6 @@ class Loop:
         model = self.model if called else None
         found = stage.found.metrics
         return Meters(model, found, self.backend, initial=self._initial)
-
-
-def _reports(model: Any) -> bool:
-    """Whether what a step reports is decided by the model's own `compute_metrics`."""
-    return checks.overrides(model, "compute_metrics")
 
 
 def _is_step(x: Any, y: Any, backend: Any) -> bool:

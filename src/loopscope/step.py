@@ -102,7 +102,7 @@ LOGS = "loopscope/logs"
 """The entry of a step's outputs that holds what Keras calls a step's logs."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ModelStep:
     """A step in Keras's words: its return value are the logs that callbacks get.
 
@@ -117,21 +117,6 @@ class ModelStep:
     model: Any
     phase: Phase
     overridden: bool
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, ModelStep)
-            and other.model is self.model
-            and (other.phase, other.overridden) == (self.phase, self.overridden)
-        )
-
-    def __hash__(self) -> int:
-        return hash((id(self.model), self.phase, self.overridden))
-
-    @property
-    def name(self) -> str:
-        """The step in words."""
-        return f"{type(self.model).__name__}.{self.phase}_step"
 
     def __call__(self, *parts: Any) -> Any:
         """Run it on the parts of a batch."""

@@ -56,6 +56,8 @@ class JaxBackend:
         return batches
 
     def native(self, value: Any) -> Native | None:
+        if isinstance(value, np.ndarray):
+            return None
         if kinds.is_scipy_sparse(value):
             value = kinds.scipy_sparse_to_jax_sparse(value)
         elif kinds.is_tensorflow_sparse(value):

@@ -159,7 +159,7 @@ def _known(x: Any, y: Any, sample_weight: Any) -> bool:
     """Whether Keras has an adapter for the data."""
     import keras
     from keras.src.trainers import data_adapters
-    from keras.src.trainers.data_adapters import array_data_adapter, data_adapter
+    from keras.src.trainers.data_adapters import data_adapter
 
     if x is None:
         return False
@@ -168,5 +168,5 @@ def _known(x: Any, y: Any, sample_weight: Any) -> bool:
         or data_adapters.is_tf_dataset(x)
         or data_adapters.is_torch_dataloader(x)
         or data_adapters.is_grain_dataset(x)
-        or array_data_adapter.can_convert_arrays((x, y, sample_weight))
+        or can_slice((x, y, sample_weight))
     )

@@ -142,8 +142,19 @@ class StreamPass:
         usual = current = ""
         capacity = usual_capacity = 1
         since, count = time.monotonic(), 0
+
+        def hand_on() -> None:
+            nonlocal chunk
+            if chunk:
+                self._put((chunk, capacity, loose))
+                chunk = []
+
         try:
-            while self._wait_for_leave(count, chunk, capacity, loose):
+            while True:
+                if count >= self._allowed:
+                    hand_on()
+                if not self._wait_for_leave(count):
+                    return
                 raw = next(batches, _END)
                 if raw is _END:
                     break
@@ -153,9 +164,8 @@ class StreamPass:
                 key = repr(specs)
                 if not usual:
                     usual, usual_capacity = key, _capacity(batch)
-                if chunk and key != current:
-                    self._put((chunk, capacity, loose))
-                    chunk = []
+                if key != current:
+                    hand_on()
                 if not chunk:
                     since, current = time.monotonic(), key
                     capacity = usual_capacity if key == usual else 1
@@ -164,24 +174,16 @@ class StreamPass:
                 chunk.append(batch)
                 late = time.monotonic() - since > CHUNK_WAIT_S
                 if len(chunk) == capacity or late:
-                    self._put((chunk, capacity, loose))
-                    chunk = []
+                    hand_on()
         except BaseException as error:
-            if chunk:
-                self._put((chunk, capacity, loose))
+            hand_on()
             self._put(error)
         else:
-            if chunk:
-                self._put((chunk, capacity, loose))
+            hand_on()
             self._put(_END)
 
-    def _wait_for_leave(
-        self, count: int, chunk: list[Any], capacity: int, loose: Any
-    ) -> bool:
+    def _wait_for_leave(self, count: int) -> bool:
         """Wait until one more batch may be read; `False` if the pass is closed."""
-        if count >= self._allowed and chunk:
-            self._put((chunk.copy(), capacity, loose))
-            chunk.clear()
         with self._may_read:
             while count >= self._allowed and not self._stop.is_set():
                 self._may_read.wait()
