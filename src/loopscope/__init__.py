@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from loopscope.drop_in import evaluate, fit, predict
     from loopscope.experiment import Experiment
     from loopscope.loop import Loop
+    from loopscope.run.recording import Recording
+    from loopscope.runs import open_run
     from loopscope.step import value_and_grad
 
 __version__ = "0.1.0"
@@ -21,10 +23,12 @@ __version__ = "0.1.0"
 _HOME = {
     "Experiment": "loopscope.experiment",
     "Loop": "loopscope.loop",
+    "Recording": "loopscope.run.recording",
     "datasets": "",
     "evaluate": "loopscope.drop_in",
     "events": "",
     "fit": "loopscope.drop_in",
+    "open_run": "loopscope.runs",
     "predict": "loopscope.drop_in",
     "value_and_grad": "loopscope.step",
 }
@@ -32,10 +36,12 @@ _HOME = {
 __all__ = [
     "Experiment",
     "Loop",
+    "Recording",
     "datasets",
     "evaluate",
     "events",
     "fit",
+    "open_run",
     "predict",
     "value_and_grad",
 ]

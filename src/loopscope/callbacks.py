@@ -74,6 +74,8 @@ class CallbackListener:
                 steps=steps,
             )
         self._callbacks = callbacks
+        self.callbacks: list[Any] = list(callbacks.callbacks)
+        """Every callback that is called, Keras's own included."""
         self._phase = phase
         # Keras calls batch hooks once for so many steps.
         self._every = max(1, int(getattr(self._model, "steps_per_execution", 1) or 1))
@@ -82,6 +84,11 @@ class CallbackListener:
         self._begun: int | None = None
         """The step that batch hooks were told to begin with, until told its end."""
         self._unsaid: ChunkEnd | None = None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a callback that may change anything is called between steps."""
+        return any(not _only_looks(callback) for callback in self._told["train"])
 
     @contextmanager
     def subscribed(self) -> Iterator[None]:
@@ -171,6 +178,15 @@ def _is_bar(callback: Any) -> bool:
     import keras
 
     return isinstance(callback, keras.callbacks.ProgbarLogger)
+
+
+def _only_looks(callback: Any) -> bool:
+    """Whether it is one of Keras's own that change no variable."""
+    import keras
+
+    known = keras.callbacks
+    looking = (known.ProgbarLogger, known.ModelCheckpoint, known.BackupAndRestore)
+    return type(callback) in (*looking, known.TensorBoard, known.TerminateOnNaN)
 
 
 def _has_hooks(callback: Any, phase: Phase) -> bool:

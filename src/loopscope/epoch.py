@@ -51,8 +51,8 @@ class Epoch:
         self._loop = loop
         self._began = time.perf_counter()
         self._wall_s: float | None = None
-        self._meters = loop.meters("train")
-        self._meters.reset()
+        self.meters = loop.meters("train")
+        self.meters.reset()
         self._validation: dict[str, Any] = {}
 
     def train(
@@ -91,7 +91,7 @@ class Epoch:
         chunks = loop.run_pass(
             "train",
             source,
-            self._meters,
+            self.meters,
             epoch=self.index,
             epochs_left=self.epochs - self.index,
             limit=steps,
@@ -128,7 +128,7 @@ class Epoch:
     @property
     def metrics(self) -> dict[str, Any]:
         """Training metrics of the epoch so far, and those of the last validation."""
-        return {**self._meters.results(), **self._validation}
+        return {**self.meters.results(), **self._validation}
 
     @property
     def seconds(self) -> float:

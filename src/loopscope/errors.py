@@ -5,7 +5,8 @@
     │   ├── GearError                    a gear that does not exist or cannot run
     │   ├── DataError                    data that no step could be run on
     │   ├── StepError                    a step that does not keep its contract
-    │   └── ExperimentError              an experiment that cannot be imported
+    │   ├── ExperimentError              an experiment that cannot be imported
+    │   └── RunError                     a run folder that cannot be used so
     └── BackendError (also an ImportError)  a backend that is missing or unknown
 
 An exception of the user's own (in a source, a step, a callback) is never
@@ -37,6 +38,10 @@ class StepError(UsageError):
 
 class ExperimentError(UsageError):
     """An experiment that cannot be imported, or is not one."""
+
+
+class RunError(UsageError):
+    """A run folder that is missing, damaged, in use, or not the one expected."""
 
 
 class BackendError(LoopscopeError, ImportError):

@@ -29,6 +29,21 @@ class TrainBegin(Event):
 
 
 @dataclass(frozen=True)
+class Resumed(Event):
+    """Training goes on from where another one stood; variables are set.
+
+    Attributes:
+        step: Global number of the next step.
+        epoch: Of the next step.
+        index: Position in the epoch of the next step.
+    """
+
+    step: int
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
 class EpochBegin(Event):
     """An epoch starts; metrics have just been reset."""
 

@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from loopscope import keras_methods
 from loopscope.errors import ExperimentError
 from loopscope.loop import Loop
 
@@ -55,6 +57,10 @@ class Experiment:
         """Train; `changes` win over the experiment's own arguments."""
         return self.loop.fit(**{**self.arguments, **changes})
 
+    def sources(self, hold: ExitStack) -> tuple[Any, Any]:
+        """What `fit` trains on and validates with; `hold` closes them."""
+        return keras_methods.sources(self.loop, **self.arguments, hold=hold)
+
     def train_source(self) -> Any:
         """The training data as a source."""
         names = ("x", "y", "sample_weight", "batch_size", "shuffle", "steps_per_epoch")
@@ -62,7 +68,9 @@ class Experiment:
         return self.loop.source(**given)
 
 
-def load(name: str, *, seed: int = 0) -> Experiment:
+def load(
+    name: str, *, seed: int = 0, options: Mapping[str, Any] | None = None
+) -> Experiment:
     """Import an experiment by name and make it.
 
     Seeds Python, NumPy and the backend first, so that the same name gives the
@@ -71,6 +79,7 @@ def load(name: str, *, seed: int = 0) -> Experiment:
     Args:
         name: `package.module:function`, `file.py:function`, or a built-in name.
         seed: For `keras.utils.set_random_seed`.
+        options: Arguments of the function, if any.
 
     Raises:
         ExperimentError: It cannot be imported, raises, or returns something else.
@@ -80,7 +89,7 @@ def load(name: str, *, seed: int = 0) -> Experiment:
 
     keras.utils.set_random_seed(seed)
     try:
-        experiment = function()
+        experiment = function(**(options or {}))
     except Exception as error:
         raise ExperimentError(
             f"Experiment {name!r} could not be made: its function raised "
@@ -91,7 +100,19 @@ def load(name: str, *, seed: int = 0) -> Experiment:
             f"Experiment {name!r} must return a `loopscope.Experiment(loop, ...)`. "
             f"Received: {type(experiment).__name__}"
         )
+    experiment.loop.origin = {
+        "experiment": name,
+        "function": _absolute(BUILT_IN.get(name, name)),
+        "seed": seed,
+        "options": dict(options or {}),
+    }
+    experiment.loop.function = function
     return experiment
+
+
+def _absolute(name: str) -> str:
+    place, _, attribute = name.rpartition(":")
+    return f"{Path(place).resolve()}:{attribute}" if place.endswith(".py") else name
 
 
 def _function(name: str) -> Callable[[], Any]:

@@ -20,6 +20,7 @@ from loopscope.data.source import Source, as_source
 from loopscope.data.split import split, unpack
 from loopscope.errors import UsageError
 from loopscope.events import Phase
+from loopscope.run.resume import recording
 
 if TYPE_CHECKING:
     from loopscope.loop import Loop
@@ -43,8 +44,17 @@ def fit(
     validation_steps: int | None = None,
     validation_batch_size: int | None = None,
     validation_freq: int | list[int] = 1,
+    *,
+    run: Any = None,
+    resume: bool | str = False,
 ) -> Any:
-    """Train as `keras.Model.fit` does, argument by argument.
+    """Train as `keras.Model.fit` does, argument by argument, and record it if asked to.
+
+    Args:
+        run: Record into this folder: a path or a `loopscope.Recording`.
+        resume: Go on with the run that is in the folder, at the next batch, to the
+            bits that it would have ended in; begin one if there is none. `"anyway"`:
+            even if something has changed that can change bits.
 
     Returns:
         A `keras.callbacks.History`.
@@ -59,39 +69,38 @@ def fit(
     checks.count("initial_epoch", initial_epoch, least=0)
     _check_frequency(validation_freq)
     epochs = _capped(epochs)
-    if validation_split and validation_data is None:
-        (x, y, sample_weight), validation_data = split(
-            (x, y, sample_weight), validation_split, self.backend
-        )
+    given_arguments = {
+        "epochs": epochs,
+        "initial_epoch": initial_epoch,
+        "batch_size": batch_size,
+        "shuffle": shuffle,
+        "steps_per_epoch": steps_per_epoch,
+        "validation_split": validation_split,
+        "validation_steps": validation_steps,
+        "validation_batch_size": validation_batch_size,
+        "validation_freq": validation_freq,
+        "class_weight": class_weight,
+    }
     with ExitStack() as held:
-        train = held.enter_context(
-            _held(
-                x,
-                as_source(
-                    x,
-                    y,
-                    sample_weight,
-                    backend=self.backend,
-                    batch_size=batch_size,
-                    shuffle=shuffle,
-                    seed=self.seed,
-                    steps_per_epoch=_whole_calls(self, steps_per_epoch),
-                    class_weight=class_weight,
-                    any_parts=checks.overrides(self.model, "train_step"),
-                ),
-            )
+        recorder = None
+        if run is not None:
+            recorder = held.enter_context(recording(self, run, resume, epochs))
+        train, validation = sources(
+            self,
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            hold=held,
         )
-        validation = None
-        if validation_data is not None:
-            given = unpack(validation_data)
-            source = _in_order_from_the_start(
-                self,
-                "test",
-                *given,
-                batch_size=validation_batch_size or batch_size,
-                steps=validation_steps,
-            )
-            validation = held.enter_context(_held(given[0], source))
+        if validation is not None:
             self.prepare("test", validation)
         self.prepare("train", train, epochs_left=max(1, epochs - initial_epoch))
         listener = CallbackListener(
@@ -103,6 +112,8 @@ def fit(
             steps=steps_per_epoch or train.steps,
         )
         held.enter_context(listener.subscribed())
+        if recorder is not None:
+            held.enter_context(recorder.listening(listener, train, given_arguments))
 
         def first() -> int:
             # BackupAndRestore sets it when training begins.
@@ -114,6 +125,59 @@ def fit(
             if validation is not None and _is_due(epoch.index, validation_freq):
                 epoch.validate(validation)
     return self.model.history
+
+
+def sources(
+    self: Loop,
+    x: Any = None,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None = None,
+    validation_split: float = 0.0,
+    validation_data: Any = None,
+    shuffle: bool = True,
+    class_weight: dict[int, float] | None = None,
+    steps_per_epoch: int | None = None,
+    validation_steps: int | None = None,
+    validation_batch_size: int | None = None,
+    hold: ExitStack,
+    **_: Any,
+) -> tuple[Source, Source | None]:
+    """What `fit` trains on and validates with, from its arguments.
+
+    Args:
+        hold: Closes what had to be made for them.
+    """
+    if validation_split and validation_data is None:
+        (x, y, sample_weight), validation_data = split(
+            (x, y, sample_weight), validation_split, self.backend
+        )
+    train = as_source(
+        x,
+        y,
+        sample_weight,
+        backend=self.backend,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=self.seed,
+        steps_per_epoch=_whole_calls(self, steps_per_epoch),
+        class_weight=class_weight,
+        any_parts=checks.overrides(self.model, "train_step"),
+    )
+    hold.enter_context(_held(x, train))
+    if validation_data is None:
+        return train, None
+    given = unpack(validation_data)
+    validation = _in_order_from_the_start(
+        self,
+        "test",
+        *given,
+        batch_size=validation_batch_size or batch_size,
+        steps=validation_steps,
+    )
+    hold.enter_context(_held(given[0], validation))
+    return train, validation
 
 
 def evaluate(

@@ -8,7 +8,9 @@ source's; what is done with the news, the listeners'.
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,12 +34,15 @@ from loopscope.events import (
     Phase,
     PhaseBegin,
     PhaseEnd,
+    Resumed,
     TrainBegin,
     TrainEnd,
 )
-from loopscope.gear import AUTO, EAGER, Gear, resolve, words_of
+from loopscope.gear import AUTO, EAGER, GEARS, Gear, resolve, words_of
 from loopscope.meters import Initial, Meters
+from loopscope.run.resume import recording
 from loopscope.runner import Done, Runner
+from loopscope.standing import Cursor, Standing
 from loopscope.state import State
 
 CHUNK_S = 0.25
@@ -130,6 +135,29 @@ class Loop:
             self._chunk_limits.append(dict.fromkeys(PHASES, steps_per_execution))
         self._stopped: set[Phase] = set()
         self._failed = False
+        self._cursor = Cursor()
+        self._passes: list[tuple[int, int]] = []
+        """Steps of each epoch that this training has been through, by number."""
+        self._epochs = 0
+        """The number at which training ends."""
+        self._tests = 0
+        """Passes over validation data that this training has been through."""
+        self._unread: set[Phase] = set()
+        """Phases whose source has yet to be brought to where training goes on."""
+        self.data: Source | None = None
+        """The source of the pass over training data that is, or was, under way."""
+        self.origin: Mapping[str, Any] = {}
+        """How a command can make this loop again, if one made it."""
+        self.function: Callable[..., Any] | None = None
+        """The function of the experiment that made it."""
+        self._save: Callable[[], None] | None = None
+        self._meters: Meters | None = None
+        """Of the epoch that is open."""
+        self._logs: Mapping[str, Any] = {}
+        self._from: Standing | None = None
+        """Where the next call of `run_epochs` goes on, if it does."""
+        self._start: Cursor | None = None
+        """Where the next pass over training data goes on, if it does."""
         self._definition: tuple[Any, ...] = ()
         self._step_s: dict[Phase, float] = {}
         self._initial: Initial = {}
@@ -226,6 +254,7 @@ class Loop:
         listener: Listener,
         *,
         chunk_steps: Mapping[Phase, ChunkLimit] | None = None,
+        first: bool = False,
     ) -> None:
         """Send every event to `listener`.
 
@@ -233,8 +262,9 @@ class Loop:
             listener: Called with each `loopscope.events.Event`, in order.
             chunk_steps: The most steps, by phase, that may lie between two events: a
                 number, or a function of the position in the pass that gives one.
+            first: Whether it hears of everything before those that listen already.
         """
-        self._listeners.append(listener)
+        self._listeners.insert(0 if first else len(self._listeners), listener)
         self._chunk_limits.append(chunk_steps or {})
 
     def unsubscribe(
@@ -305,7 +335,14 @@ class Loop:
             steps_per_epoch=steps_per_epoch,
         )
 
-    def epochs(self, epochs: int, *, initial_epoch: int = 0) -> Iterator[Epoch]:
+    def epochs(
+        self,
+        epochs: int,
+        *,
+        initial_epoch: int = 0,
+        run: Any = None,
+        resume: bool | str = False,
+    ) -> Iterator[Epoch]:
         """The outer loop: one `Epoch` after the other, metrics reset before each.
 
         Example:
@@ -320,33 +357,63 @@ class Loop:
         Args:
             epochs: The number at which to stop.
             initial_epoch: The number to start with.
+            run: Record into this folder: a path or a `loopscope.Recording`.
+            resume: As in `fit`. The first epoch may then be one that had begun: its
+                `train` goes on at the next batch.
 
         Yields:
             An `Epoch`, open until the next one is asked for.
         """
         checks.count("epochs", epochs, least=0)
         checks.count("initial_epoch", initial_epoch, least=0)
-        return self.run_epochs(lambda: initial_epoch, epochs)
+        if run is None:
+            return self.run_epochs(lambda: initial_epoch, epochs)
+        return self._recorded_epochs(epochs, initial_epoch, run, resume)
+
+    def _recorded_epochs(
+        self, epochs: int, initial_epoch: int, run: Any, resume: bool | str
+    ) -> Iterator[Epoch]:
+        arguments = {"epochs": epochs, "initial_epoch": initial_epoch}
+        with (
+            recording(self, run, resume, epochs) as recorder,
+            recorder.listening(None, None, arguments),
+        ):
+            yield from self.run_epochs(lambda: initial_epoch, epochs)
 
     def run_epochs(self, first: Callable[[], int], epochs: int) -> Iterator[Epoch]:
         """`epochs`, where what hears of the beginning may move the first epoch."""
         self._stopped.discard("train")
         self._failed = False
-        logs: Mapping[str, Any] = {}
+        self._logs, self._passes, self._tests = {}, [], 0
+        start, self._from, self._epochs = self._from, None, epochs
         try:
             self._emit(TrainBegin(epochs))
-            for number in range(first(), epochs):
+            self._cursor = Cursor(first()) if start is None else start.cursor
+            if start is not None and not start.cursor.begun:
+                self._go_on(start)
+                if start.stopped:
+                    epochs = start.cursor.epoch
+                start = None
+            while self._cursor.epoch < epochs:
+                number = self._cursor.epoch
                 epoch = Epoch(self, number, epochs)
+                self._meters = epoch.meters
                 self._emit(EpochBegin(number, epochs))
+                self._cursor = Cursor(number, begun=True)
+                if start is not None:
+                    self._go_on(start)
+                    start = None
                 try:
                     yield epoch
                 finally:
-                    logs = epoch.close()
+                    self._logs = epoch.close()
                     if not self._failed:
-                        self._emit(EpochEnd(number, logs, epoch.seconds))
+                        self._passes.append((number, self._cursor.index))
+                        self._cursor = Cursor(number + 1)
+                        self._emit(EpochEnd(number, self._logs, epoch.seconds))
                 if "train" in self._stopped:
                     break
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             self._failed = True
             self._note(error, "between steps")
             raise
@@ -354,7 +421,121 @@ class Loop:
             if not self._failed:
                 if epochs:
                     self._finish_weights()
-                self._emit(TrainEnd(logs))
+                self._emit(TrainEnd(self._logs))
+
+    @property
+    def cursor(self) -> Cursor:
+        """The position in the training data."""
+        return self._cursor
+
+    def is_last(self, epoch: int) -> bool:
+        """Whether no epoch comes after this one."""
+        return epoch + 1 >= self._epochs or "train" in self._stopped
+
+    def code(self) -> list[Any]:
+        """The user's functions and classes that make its steps."""
+        made = [self.function, *self._own.values(), type(self), type(self.model)]
+        return [c for c in made if c is not None and c is not Loop]
+
+    def save(self) -> None:
+        """Ask for a checkpoint at the end of the chunk that runs, or of the next one.
+
+        Raises:
+            UsageError: No run is being recorded.
+        """
+        if self._save is None:
+            raise UsageError(
+                "There is nothing to save to: no run is being recorded. Give `fit` or "
+                "`epochs` a folder: `run='runs/name'`."
+            )
+        self._save()
+
+    def saves(self, ask: Callable[[], None] | None) -> None:
+        """Say what `save` calls. Called by whoever records."""
+        self._save = ask
+
+    def standing(self, *, state: Mapping[str, Any] | None = None) -> Standing:
+        """All that the next step reads: where a training can go on, or start over.
+
+        Costs some microseconds a variable; nothing is copied until it is written to.
+
+        Args:
+            state: `state.values()`, where they were read just now.
+        """
+        gears = [
+            g.name if g is not None else None for g in (self._gear, self._test_gear)
+        ]
+        return Standing(
+            step=self.step,
+            cursor=self._cursor,
+            seed=self.seed,
+            gear=gears[0],
+            test_gear=gears[1],
+            stopped="train" in self._stopped,
+            state=self.state.values() if state is None else state,
+            meters=self._meters.memory() if self._meters is not None else {},
+            logs=self._logs,
+            passes=tuple(self._passes),
+            tests=self._tests,
+        )
+
+    def stand(self, standing: Standing) -> None:
+        """Set variables, gear and count of steps to where another loop stood.
+
+        Raises:
+            UsageError: The variables are not the same ones; nothing was changed.
+        """
+        self.state.set(standing.state)
+        self.step = standing.step
+        for name, value in (
+            ("_gear", standing.gear),
+            ("_test_gear", standing.test_gear),
+        ):
+            if value is not None:
+                setattr(self, name, GEARS[value])
+
+    def adopt(self, standing: Standing) -> None:
+        """Take the seed of another training, and its gear if none was asked for."""
+        self.seed = standing.seed
+        if self._auto and standing.gear is not None:
+            self._gear = GEARS[standing.gear]
+            self._test_gear = GEARS[standing.test_gear or standing.gear]
+
+    def go_on_from(self, standing: Standing | None) -> None:
+        """Let the next training go on from `standing`: at its next step."""
+        self._from = standing
+
+    def begin_at(self, standing: Standing) -> None:
+        """Let the next pass over training data go on from `standing`; say nothing."""
+        self.stand(standing)
+        self._passes, self._tests = list(standing.passes), standing.tests
+        self._unread = {"train"}
+        self._stopped.discard("train")
+        self._failed = False
+        self._start = standing.cursor if standing.cursor.begun else None
+
+    def settle(self, phase: Phase, source: Source) -> None:
+        """Make every variable of a phase's step, as far as that can be done unrun.
+
+        A step of the user's own in gear eager is not traced: what it builds in its
+        first execution would be missing before.
+        """
+        with contextlib.suppress(Exception):
+            self._runner.trace(phase, source.specs)
+
+    def _go_on(self, start: Standing) -> None:
+        """Stand where another training stood; those who listen may set theirs."""
+        self.stand(start)
+        self._cursor, self._logs = start.cursor, start.logs
+        self._passes, self._tests = list(start.passes), start.tests
+        self._unread = {"train", "test"}
+        if start.cursor.begun:
+            self._start = start.cursor
+            if self._meters is not None and start.meters:
+                self._meters.remember(start.meters)
+        if start.stopped:
+            self._stopped.add("train")
+        self._emit(Resumed(start.step, start.cursor.epoch, start.cursor.index))
 
     def _finish_weights(self) -> None:
         """What Keras's optimizers do at the end: averages become the weights (EMA)."""
@@ -381,9 +562,20 @@ class Loop:
         """
         limit = source.steps if limit is None else limit
         index = samples = 0
+        if phase == "train" and self._start is not None:
+            # Training goes on in the middle of an epoch.
+            index, samples = self._start.index, self._start.samples
+            limit = index if phase in self._stopped else limit
+            self._start = None
         try:
             gear = self.prepare(phase, source, epochs_left=epochs_left)
-            data = source.open(epoch)
+            if phase in self._unread:
+                self._unread.discard(phase)
+                tests = [(0, sys.maxsize)] * self._tests
+                source.replay(self._passes if phase == "train" else tests)
+            if phase == "train":
+                self.data = source
+            data = source.open(epoch, index)
             self._emit(PhaseBegin(phase, limit))
             try:
                 while limit is None or index < limit:
@@ -392,7 +584,9 @@ class Loop:
                     if segment is None:
                         break
                     self._emit(ChunkBegin(phase, index))
-                    done = self._run(phase, gear, segment)
+                    # Whoever listens may change the gear; `None` is not chosen yet.
+                    chosen = self._gear if phase == "train" else self._test_gear
+                    done = self._run(phase, chosen or gear, segment)
                     samples += segment.steps * segment.feed.batch_size
                     if meters is not None:
                         meters.add(done.outputs, segment.steps, done.logs)
@@ -407,6 +601,8 @@ class Loop:
                         meters.results if meters is not None else dict,
                     )
                     index += segment.steps
+                    if phase == "train":
+                        self._cursor = Cursor(epoch, index, samples, begun=True)
                     self._emit(chunk)
                     yield chunk
                     if phase in self._stopped:
@@ -414,7 +610,7 @@ class Loop:
             finally:
                 data.close()
             self._emit(PhaseEnd(phase, index, meters.results() if meters else {}))
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             self._failed = True
             if phase == "train":
                 self.step += self._runner.finished
@@ -470,6 +666,7 @@ class Loop:
         try:
             for _ in self.run_pass("test", source, meters):
                 pass
+            self._tests += 1
             return meters.results()
         finally:
             meters.resume(suspended)

@@ -116,6 +116,19 @@ class Meters:
         means = {n: s / self._steps for n, s in self._sums.items()}
         return {**means, **results}
 
+    def memory(self) -> dict[str, Any]:
+        """What is kept outside of the metrics' variables; plain data."""
+        return {
+            "sums": dict(self._sums),
+            "steps": self._steps,
+            "last_logs": self._last_logs,
+        }
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Set back what `memory` gave; the variables are set by whoever has them."""
+        self._sums, self._steps = dict(memory["sums"]), memory["steps"]
+        self._last_logs, self._results = memory["last_logs"], None
+
     def suspend(self) -> list[tuple[Any, Any]]:
         """What `resume` needs to undo everything that happens in between."""
         variables = [

@@ -7,12 +7,13 @@ then the metrics', then whatever else a step was seen to touch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from loopscope.backend.base import Backend
+from loopscope.errors import UsageError
 
 Snapshot = list[Any]
 
@@ -60,18 +61,68 @@ class State:
         for variable, value in zip(self._by_path.values(), snapshot, strict=True):
             self._backend.assign(variable, value)
 
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Set every variable to the value of its path, or else of its place.
+
+        Names that Keras counts up differ between builds of one model in a process;
+        order, shapes and dtypes do not.
+
+        Raises:
+            UsageError: Other variables, shapes or dtypes; nothing is changed.
+        """
+        by_path = set(values) == set(self._by_path)
+        names = list(self._by_path) if by_path else list(values)
+        pairs = list(zip(self._by_path, names, strict=False))
+        wrong = [
+            f"{path}: {_kind(self._backend.read(self._by_path[path]))}, in the "
+            f"values {_kind(values[name])}"
+            for path, name in pairs
+            if _kind(self._backend.read(self._by_path[path])) != _kind(values[name])
+        ]
+        if len(names) != len(self._by_path):
+            odd = set(names).symmetric_difference(self._by_path)
+            wrong.insert(
+                0,
+                f"{len(self)} variables, in the values {len(values)}; one "
+                f"is without the other: {sorted(odd)[0]!r}",
+            )
+        if wrong:
+            raise UsageError(
+                f"These values belong to another model or optimizer: {wrong[0]}"
+            )
+        for path, name in pairs:
+            value = values[name]
+            if isinstance(value, np.ndarray):
+                value = self._backend.place(value)
+            self._backend.assign(self._by_path[path], value)
+
+    def values(self) -> dict[str, Any]:
+        """The values of now by path, on the device. Later steps do not change them."""
+        return dict(zip(self._by_path, self.snapshot(), strict=True))
+
     def numpy(self) -> dict[str, np.ndarray]:
         """A copy of every value on the host, by path. Waits for the device."""
         return {p: np.array(self._host(v)) for p, v in self._by_path.items()}
 
     def sha256(self) -> str:
         """SHA-256 over every variable's path, dtype, shape and bytes, in order."""
-        digest = hashlib.sha256()
-        for path, variable in self._by_path.items():
-            value = np.ascontiguousarray(self._host(variable))
-            digest.update(f"{path}\0{value.dtype.name}\0{value.shape}\0".encode())
-            digest.update(value.tobytes())
-        return digest.hexdigest()
+        return sha256((p, self._host(v)) for p, v in self._by_path.items())
 
     def _host(self, variable: Any) -> np.ndarray:
         return self._backend.to_numpy(self._backend.read(variable))
+
+
+def sha256(values: Iterable[tuple[str, np.ndarray]]) -> str:
+    """SHA-256 over each value's path, dtype, shape and bytes, in order."""
+    digest = hashlib.sha256()
+    for path, given in values:
+        # `ascontiguousarray` makes a scalar one of shape (1,): part of what is hashed.
+        value = np.ascontiguousarray(given)
+        digest.update(f"{path}\0{value.dtype.name}\0{value.shape}\0".encode())
+        digest.update(value.view(np.uint8).data if value.size else b"")
+    return digest.hexdigest()
+
+
+def _kind(value: Any) -> str:
+    name = getattr(value.dtype, "name", value.dtype)
+    return f"{name}{list(value.shape)}"

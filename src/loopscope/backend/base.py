@@ -66,11 +66,22 @@ class Backend(Protocol):
     gears: tuple[Gear, ...]
     """In the order in which `auto` tries them: the surest first."""
 
+    packages: tuple[str, ...]
+    """The packages whose versions the bits of a step depend on."""
+
     loosens: bool
     """Whether a program can leave axes of a `"whole"` feed open."""
 
     def device(self) -> str:
         """The device that steps run on, in words."""
+        ...
+
+    def threads(self) -> dict[str, int]:
+        """How many threads compute a step, by what they are for."""
+        ...
+
+    def flags(self) -> dict[str, str]:
+        """Settings of this process that change how numbers are computed."""
         ...
 
     def random_stream(self, gear: Gear) -> str:
@@ -111,6 +122,14 @@ class Backend(Protocol):
 
     def assign(self, variable: Any, value: Any) -> None:
         """Set `variable` to `value`, outside of any step."""
+        ...
+
+    def same(self, a: Array, b: Array) -> bool:
+        """Whether two reads of a variable surely have the same bits.
+
+        Looks at where they lie, not at what they hold: `False` may mean only that the
+        variable was assigned in between.
+        """
         ...
 
     def trace(

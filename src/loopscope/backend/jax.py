@@ -8,6 +8,7 @@ the state as it was.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -30,10 +31,23 @@ class JaxBackend:
 
     name = "jax"
     gears = (XLA, FUSED_XLA, EAGER)
+    packages = ("jax", "jaxlib")
     loosens = False
 
     def device(self) -> str:
         return str(jax.devices()[0].device_kind)
+
+    def threads(self) -> dict[str, int]:
+        return {"cores": len(os.sched_getaffinity(0))}
+
+    def flags(self) -> dict[str, str]:
+        return {
+            "jax_enable_x64": str(jax.config.jax_enable_x64),
+            "jax_default_matmul_precision": str(
+                jax.config.jax_default_matmul_precision
+            ),
+            "jax_threefry_partitionable": str(jax.config.jax_threefry_partitionable),
+        }
 
     def random_stream(self, gear: Gear) -> str:
         return "jax"
@@ -76,6 +90,9 @@ class JaxBackend:
 
     def assign(self, variable: Any, value: Any) -> None:
         variable.assign(value)
+
+    def same(self, a: Any, b: Any) -> bool:
+        return a is b  # Arrays are immutable.
 
     def trace(
         self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]

@@ -8,6 +8,7 @@ again for every new (start, stop) under XLA.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
+from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from loopscope.backend.base import Program, Step, Trace, Tree, cut, no_gradient
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
@@ -30,10 +32,22 @@ class TensorFlowBackend:
 
     name = "tensorflow"
     gears = (GRAPH, FUSED_GRAPH, XLA, FUSED_XLA, EAGER)
+    packages = ("tensorflow",)
     loosens = True
 
     def device(self) -> str:
         return "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+
+    def threads(self) -> dict[str, int]:
+        cores = len(os.sched_getaffinity(0))
+        return {
+            "cores": cores,
+            "intra_op": tf.config.threading.get_intra_op_parallelism_threads(),
+            "inter_op": tf.config.threading.get_inter_op_parallelism_threads(),
+        }
+
+    def flags(self) -> dict[str, str]:
+        return {"op_determinism": str(is_op_determinism_enabled())}
 
     def random_stream(self, gear: Gear) -> str:
         # The bits are the same, their conversion to floats differs.
@@ -97,6 +111,14 @@ class TensorFlowBackend:
             tf.raw_ops.AssignVariableOp(resource=native.handle, value=value)
         else:
             native.assign(value)
+
+    def same(self, a: Any, b: Any) -> bool:
+        if a is b:
+            return True
+        if not all(isinstance(v, tf.Tensor) and "CPU" in v.device for v in (a, b)):
+            return False
+        # Both are alive, so one address is one buffer.
+        return bool(np.asarray(a).ctypes.data == np.asarray(b).ctypes.data)
 
     def trace(
         self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]

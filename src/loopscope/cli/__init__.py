@@ -6,7 +6,11 @@ import click
 
 from loopscope.cli.compare import compare
 from loopscope.cli.mnist import mnist
+from loopscope.cli.resume import resume
+from loopscope.cli.rewind import rewind
+from loopscope.cli.runs import runs
 from loopscope.cli.train import train
+from loopscope.cli.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,3 +26,7 @@ def main() -> None:
 main.add_command(mnist)
 main.add_command(train)
 main.add_command(compare)
+main.add_command(resume)
+main.add_command(rewind)
+main.add_command(verify)
+main.add_command(runs)

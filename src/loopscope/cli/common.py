@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +30,13 @@ seed_option = click.option(
 )
 
 
+run_option = click.option(
+    "--run", type=click.Path(path_type=Path), help="Record into this folder."
+)
+no_run_option = click.option("--no-run", is_flag=True, help="Record nothing.")
+run_argument = click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
+
+
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the exits of the program: 0, 1 for bad news, 2 for wrong use."""
 
@@ -45,8 +53,11 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
                     click.echo(note, err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
-            notes = " ".join(getattr(error, "__notes__", ["loopscope: interrupted"]))
-            click.echo(f"\n{notes}", err=True)
+            said = [f"loopscope: {error}"] if str(error) else []
+            said += getattr(
+                error, "__notes__", [] if said else ["loopscope: interrupted"]
+            )
+            click.echo("\n" + "\n".join(said), err=True)
             sys.exit(130)
         sys.exit(code or 0)
 

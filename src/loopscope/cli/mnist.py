@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +12,9 @@ from loopscope.cli.common import (
     backend_option,
     command,
     json_option,
+    no_run_option,
     print_json,
+    run_option,
     seed_option,
     start_backend,
 )
@@ -42,6 +45,8 @@ class Part:
 @click.option("--batch-size", default=64, show_default=True, help="Examples a step.")
 @click.option("--scale", is_flag=True, help="Scale the inputs to 0..1.")
 @click.option("--logits", is_flag=True, help="Drop the softmax.")
+@run_option
+@no_run_option
 @backend_option
 @seed_option
 @json_option
@@ -53,36 +58,43 @@ def mnist(
     batch_size: int,
     scale: bool,
     logits: bool,
+    run: Path | None,
+    no_run: bool,
     backend: str | None,
     seed: int,
     as_json: bool,
 ) -> int:
     """Run the tutorial on real MNIST: eager beside the gear that pays.
 
+    What the chosen gear trains is recorded as a run under runs/.
+
     Trains the same model from the same state in gear eager and in the chosen gear,
     prints the tutorial's lines, checks that both take the same first step, and ends
     with how many times faster the chosen gear was. Exits 1 if the first steps part.
     """
     name = start_backend(backend)
-    import keras
-
     from loopscope import checks
+    from loopscope.cli.training import fresh_run
+    from loopscope.experiment import load
     from loopscope.experiments.mnist import data
-    from loopscope.experiments.mnist import mnist as build
     from loopscope.view import text
     from loopscope.view.progress import ProgressLine
 
     checks.count("epochs", epochs, least=1)
     checks.count("eager-epochs", eager_epochs, least=1)
-    keras.utils.set_random_seed(seed)
-    made = build(
-        batch_size=batch_size,
-        epochs=epochs,
-        scale=scale,
-        logits=logits,
-        gear=gear,
-        seed=seed,
-    )
+    options = {
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "scale": scale,
+        "logits": logits,
+        "gear": gear,
+        "seed": seed,
+    }
+    made = load("mnist", seed=seed, options=options)
+    if no_run:
+        run = None
+    elif run is None:
+        run = fresh_run("mnist")
     loop, out = made.loop, text.console()
 
     def say(text: str) -> None:
@@ -107,9 +119,10 @@ def mnist(
         say(f"-- {name}, gear eager")
         eager = _train(made, source, eager_epochs, compiling, say)
         loop.state.restore(start)
+        loop.step = 0
         loop.gear = chosen
         say(f"\n-- {name}, gear {chosen.name}")
-        fast = _train(made, source, epochs, compiling, say)
+        fast = _train(made, source, epochs, compiling, say, run)
         fast.compile_seconds += trials_s
     _, (x_test, y_test) = data(scale=scale)
     test = loop.evaluate(
@@ -135,10 +148,17 @@ def mnist(
                 "history": fast.history,
                 "test_accuracy": test["accuracy"],
                 "state_sha256": loop.state.sha256(),
+                "run": None if run is None else str(run),
             }
         )
     else:
         _table(out, eager, fast, speedup, apart, test["accuracy"])
+        if run is not None:
+            out.print(
+                f"Recorded in {run}; `loopscope rewind {run} --step 100` runs a step "
+                "of it again.",
+                soft_wrap=True,
+            )
     return 0 if apart <= TOLERANCE else 1
 
 
@@ -161,13 +181,18 @@ class _Compiling:
 
 
 def _train(
-    made: Any, source: Any, epochs: int, compiling: _Compiling, say: Any
+    made: Any,
+    source: Any,
+    epochs: int,
+    compiling: _Compiling,
+    say: Any,
+    run: Path | None = None,
 ) -> Part:
     """The tutorial's loop, line for line."""
     loop, part = made.loop, Part(gear=made.loop.gear.name)
     validation = made.arguments["validation_data"]
     batch_size = made.arguments["batch_size"]
-    for epoch in loop.epochs(epochs):
+    for epoch in loop.epochs(epochs, run=run):
         say(f"\nStart of epoch {epoch.index}")
         for step in epoch.train(source, every=LOG_EVERY):
             say(f"Training loss (for one batch) at step {step.index}: {step.loss:.4f}")

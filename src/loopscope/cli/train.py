@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +11,8 @@ from loopscope.cli.common import (
     backend_option,
     command,
     json_option,
-    print_json,
+    no_run_option,
+    run_option,
     seed_option,
     start_backend,
 )
@@ -19,6 +20,8 @@ from loopscope.cli.common import (
 
 @click.command()
 @click.argument("experiment")
+@run_option
+@no_run_option
 @click.option("--gear", help="How steps are executed.  [default: the experiment's]")
 @click.option("--epochs", type=int, help="Passes.  [default: the experiment's]")
 @backend_option
@@ -27,57 +30,33 @@ from loopscope.cli.common import (
 @command
 def train(
     experiment: str,
+    run: Path | None,
+    no_run: bool,
     gear: str | None,
     epochs: int | None,
     backend: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Train EXPERIMENT and print its metrics."""
+    """Train EXPERIMENT, print its metrics, and record it if asked to.
+
+    The built-in experiment is recorded in any case, under runs/. SIGTERM and Ctrl-C
+    end a recorded training after the chunk that runs, saved: `loopscope resume` goes
+    on.
+    """
     start_backend(backend)
-    from loopscope.events import EpochEnd
-    from loopscope.experiment import load
-    from loopscope.view import text
-    from loopscope.view.progress import ProgressLine
+    from loopscope.cli.training import fresh_run, train_and_tell
+    from loopscope.experiment import BUILT_IN, load
 
     made = load(experiment, seed=seed)
-    loop, out = made.loop, text.console()
-    changes: dict[str, Any] = {"verbose": 0}
+    changes: dict[str, Any] = {}
     if gear is not None:
-        loop.gear = gear
+        made.loop.gear = gear
     if epochs is not None:
         changes["epochs"] = epochs
-    total = epochs or made.arguments.get("epochs", 1)
-
-    def say(event: Any) -> None:
-        if isinstance(event, EpochEnd):
-            out.print(
-                f"epoch {event.epoch + 1}/{total} - {event.wall_s:.1f} s - "
-                f"{text.metrics(event.logs)}"
-            )
-
-    line = ProgressLine()
-    if not as_json:
-        loop.subscribe(line)
-        loop.subscribe(say)
-    began = time.perf_counter()
-    with line.shown():
-        history = made.fit(**changes)
-    seconds = time.perf_counter() - began
-    metrics = {name: values[-1] for name, values in history.history.items()}
-    state = loop.state.sha256()
-    result = {
-        "steps": loop.step,
-        "epochs": len(history.epoch),
-        "gear": loop.gear.name if loop.gear else None,
-        "metrics": metrics,
-        "seconds": seconds,
-        "state_sha256": state,
-    }
-    if as_json:
-        print_json(result)
-        return
-    out.print(
-        f"{loop.step} steps in gear {result['gear']}, {seconds:.1f} s, "
-        f"state {state[:12]}"
-    )
+    made.loop.origin = {**made.loop.origin, "arguments": dict(changes), "gear": gear}
+    if run is None and experiment in BUILT_IN and not no_run:
+        run = fresh_run(experiment)
+    if run is not None and not no_run:
+        changes["run"] = run
+    train_and_tell(made, changes, as_json=as_json)

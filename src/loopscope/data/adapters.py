@@ -40,10 +40,20 @@ class Adapted:
     Args:
         adapter: The adapter.
         iterate: Gives the adapter's batches as the backend wants them.
+        data: What the user gave.
+        shuffles: Whether Keras draws the order, from a generator of its own.
     """
 
-    def __init__(self, adapter: Any, iterate: Callable[[Any], Iterable[Any]]) -> None:
+    def __init__(
+        self,
+        adapter: Any,
+        iterate: Callable[[Any], Iterable[Any]],
+        data: Any,
+        *,
+        shuffles: bool,
+    ) -> None:
         self._adapter, self._iterate = adapter, iterate
+        self.data, self.shuffles = data, shuffles
 
     @property
     def num_batches(self) -> int | None:
@@ -61,6 +71,15 @@ class Adapted:
     def on_epoch_end(self) -> None:
         """Tell the adapter, which may stop its workers."""
         self._adapter.on_epoch_end()
+
+
+class Numbered(Adapted):
+    """Batches that can be had by number: those of a `grain.MapDataset`."""
+
+    def starting_at(self, start: int) -> Iterator[Any]:
+        """The batches from number `start` on; none before it is made."""
+        dataset: Any = self._iterate(self._adapter)
+        return iter(dataset[start:])
 
 
 class Plain:
@@ -122,7 +141,88 @@ def adapted(
             )
         except ValueError as error:
             raise DataError(str(error)) from error
-    return Adapted(adapter, iterate)
+    kind = (
+        Numbered if type(x).__module__.startswith("grain") and _is_map(x) else Adapted
+    )
+    return kind(adapter, iterate, x, shuffles=shuffle and can_slice((x, y)))
+
+
+def _is_map(dataset: Any) -> bool:
+    return hasattr(dataset, "to_iter_dataset") and hasattr(dataset, "__getitem__")
+
+
+_SAME_EACH_TIME = frozenset(
+    {
+        "_TensorSliceDataset",
+        "_TensorDataset",
+        "_RangeDataset",
+        "_BatchDataset",
+        "_ParallelBatchDataset",
+        "_PaddedBatchDataset",
+        "_PrefetchDataset",
+        "_TakeDataset",
+        "_SkipDataset",
+        "_ZipDataset",
+        "_OptionsDataset",
+        "_ConcatenateDataset",
+        "_UnbatchDataset",
+    }
+)
+"""Parts of a tf.data pipeline that remember nothing from one pass to the next."""
+
+
+def is_pure(data: Any) -> bool:
+    """Whether each pass over `data` surely gives the same batches."""
+    if isinstance(data, Adapted):
+        if data.shuffles:
+            return False
+        data = data.data
+    if isinstance(data, (list, tuple)):
+        return True
+    if type(data).__module__.startswith("grain"):
+        return True  # Its random numbers are functions of a seed and a number.
+    parts = list(_pipeline(data))
+    return bool(parts) and all(type(p).__name__ in _SAME_EACH_TIME for p in parts)
+
+
+def random_order(data: Any) -> str | None:
+    """Why another process would get other batches, as far as the data show it."""
+    if isinstance(data, Adapted):
+        if data.shuffles:
+            return (
+                "Keras shuffles sparse, ragged and text arrays by a generator that "
+                "cannot be set back; shuffle them once, and give `shuffle=False`"
+            )
+        data = data.data
+    for part in _pipeline(data):
+        seeds = [getattr(part, name, None) for name in ("_seed", "_seed2")]
+        if "Shuffle" in type(part).__name__ and all(_is_zero(s) for s in seeds):
+            return "tf.data's `shuffle` has no seed; give it one: `shuffle(n, seed=0)`"
+        if getattr(part, "_deterministic", None) == "false":
+            return "the tf.data pipeline has a part with `deterministic=False`"
+    sampler = getattr(data, "sampler", None)
+    drawn = type(sampler).__name__ == "RandomSampler"
+    if drawn and getattr(sampler, "generator", None) is None:
+        return (
+            "torch's DataLoader shuffles without a generator; give it one: "
+            "`generator=torch.Generator().manual_seed(0)`"
+        )
+    return None
+
+
+def _pipeline(data: Any) -> Iterator[Any]:
+    """The parts of a tf.data pipeline, none of anything else."""
+    if hasattr(data, "element_spec") and hasattr(data, "_inputs"):
+        yield data
+        for part in data._inputs():
+            yield from _pipeline(part)
+
+
+def _is_zero(seed: Any) -> bool:
+    try:
+        return int(seed) == 0
+    except (TypeError, ValueError):
+        return False
 
 
 def is_sparse_or_ragged(value: Any) -> bool:

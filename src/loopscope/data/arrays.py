@@ -7,7 +7,7 @@ batches on the host and streams them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -88,30 +88,51 @@ class ArraySource:
         )
         self._placed: tuple[Any, ...] | None = None
 
-    def open(self, epoch: int) -> ArrayPass | StreamPass:
-        """The epoch's data, from its start."""
+    jumps = True
+    """Any position is a function of (seed, epoch, step)."""
+
+    repeats = True
+
+    def inexact(self) -> str | None:
+        """Nothing stands in the way: the order depends on (seed, epoch) alone."""
+        return None
+
+    def replay(self, passes: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: any position is reached at once."""
+
+    def marks(self) -> Mapping[str, int]:
+        """None: arrays have a fingerprint as a whole."""
+        return {}
+
+    def open(self, epoch: int, start: int = 0) -> ArrayPass | StreamPass:
+        """The epoch's data, from step `start` on."""
         assert self.steps is not None
         # So many epochs go over the arrays once; the last of them may be shorter.
         turn, part = divmod(epoch, -(-self._all_steps // self.steps))
-        start = part * self.steps
-        if start + self.steps > self._all_steps:
+        first = part * self.steps
+        if first + self.steps > self._all_steps:
             ran_dry(stacklevel=2)
-        return self._open(turn, start, min(start + self.steps, self._all_steps))
+        stop = min(first + self.steps, self._all_steps)
+        return self._open(turn, min(first + start, stop), stop)
 
     def close(self) -> None:
         """Nothing to give back: the arrays stay on the device for the next epoch."""
 
     def _open(self, turn: int, start: int, stop: int) -> ArrayPass | StreamPass:
         if not self.resident:
-            return StreamPass(self._host_batches(turn, start, stop), self._place)
+            return StreamPass(
+                self._host_batches(turn, start, stop),
+                self._place,
+                usual=self._host_specs(),
+            )
         if self._placed is None:
             self._placed = self._map(self._place, self.arrays)
         steps, rest = divmod(self.samples, self.batch_size)
         rows, segments = self._order(turn), []
-        if start < steps:
+        if start < min(stop, steps):
             full = self._feed(rows[: steps * self.batch_size], self.batch_size)
             segments.append(Segment(full, start, min(stop, steps)))
-        if stop > steps:
+        if max(start, steps) < stop:
             tail = self._feed(rows[steps * self.batch_size :], rest)
             segments.append(Segment(tail, 0, 1))
         return ArrayPass(segments)
@@ -155,6 +176,12 @@ class ArraySource:
             return given if _is_tensor(array) else placed(given, self._place)
 
         specs: tuple[Any, ...] = self._map(spec, self.arrays)
+        return specs
+
+    def _host_specs(self) -> tuple[Any, ...]:
+        specs: tuple[Any, ...] = self._map(
+            lambda a: Spec((self.batch_size, *a.shape[1:]), _dtype_name(a)), self.arrays
+        )
         return specs
 
     def _host_batches(

@@ -6,7 +6,7 @@ The one place that tells arrays from streams and refuses what is neither.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,8 +50,30 @@ class Source(Protocol):
         """`Spec`s of a full batch."""
         ...
 
-    def open(self, epoch: int) -> Pass:
-        """The data of an epoch."""
+    @property
+    def jumps(self) -> bool:
+        """Whether any position is reached at once; otherwise by reading up to it."""
+        ...
+
+    @property
+    def repeats(self) -> bool:
+        """Whether any pass can be had again in this process."""
+        ...
+
+    def inexact(self) -> str | None:
+        """Why the same data cannot be had again in another process, if so."""
+        ...
+
+    def open(self, epoch: int, start: int = 0) -> Pass:
+        """The data of an epoch, from step `start` on."""
+        ...
+
+    def replay(self, passes: Sequence[tuple[int, int]]) -> None:
+        """Stand where these passes have led: (epoch, steps) each, from the first on."""
+        ...
+
+    def marks(self) -> Mapping[str, int]:
+        """Checksums of some batches read so far, to tell whether they come again."""
         ...
 
     def sample(self) -> Segment:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from loopscope.data.adapters import Batches, Plain
+from loopscope.data.adapters import Batches, Plain, is_pure, random_order
 from loopscope.data.feed import Feed, Native, NativeSpec, Segment, Spec, placed
 from loopscope.errors import DataError
 
@@ -26,6 +28,9 @@ CHUNK_BYTES = 8 * 2**20
 CHUNK_STEPS = 256
 CHUNK_WAIT_S = 0.2
 """A chunk is handed on when it is full, this large, or has waited this long."""
+
+MARK_EVERY = 64
+"""Of so many batches one is remembered by its checksum."""
 
 _END = object()
 
@@ -41,6 +46,9 @@ class StreamPass:
         loosens: Whether a program can leave axes open, so that batches of ever new
             shapes need no program each.
         read: From what the iterator gives to the parts of a batch.
+        usual: Specs of the batches that chunks are made for, where the first batch
+            may not be one of them.
+        mark: Told the place in the pass and the batch, for every `MARK_EVERY`th.
     """
 
     def __init__(
@@ -51,7 +59,10 @@ class StreamPass:
         allowed: float = math.inf,
         loosens: bool = False,
         read: Callable[[Any], tuple[Any, ...]] | None = None,
+        usual: tuple[Any, ...] | None = None,
+        mark: Callable[[int, tuple[Any, ...]], None] = lambda place, batch: None,
     ) -> None:
+        self._usual, self._mark = usual, mark
         self._place, self._read = place, read or as_batch
         self._shapes = Shapes() if loosens else None
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=2)
@@ -141,6 +152,8 @@ class StreamPass:
         loose: Any = None
         usual = current = ""
         capacity = usual_capacity = 1
+        if self._usual is not None:
+            usual, usual_capacity = repr(self._usual), _capacity(self._usual)
         since, count = time.monotonic(), 0
 
         def hand_on() -> None:
@@ -158,12 +171,14 @@ class StreamPass:
                 raw = next(batches, _END)
                 if raw is _END:
                     break
-                count += 1
                 batch = self._read(raw)
+                if count % MARK_EVERY == 0:
+                    self._mark(count, batch)
+                count += 1
                 specs = _specs(batch)
                 key = repr(specs)
                 if not usual:
-                    usual, usual_capacity = key, _capacity(batch)
+                    usual, usual_capacity = key, _capacity(specs)
                 if key != current:
                     hand_on()
                 if not chunk:
@@ -274,6 +289,10 @@ class StreamSource:
         """Steps taken of the pass that is open."""
         self._untouched = self._within_epoch = False
         self._specs: tuple[Any, ...] | None = None
+        self._passes = 0
+        """Passes that have been started."""
+        self._marks: dict[tuple[int, int], int] = {}
+        """Checksums of batches by (pass, place); where all passes are alike, pass 0."""
 
     @property
     def steps(self) -> int | None:
@@ -305,8 +324,67 @@ class StreamSource:
             )
         return first
 
-    def open(self, epoch: int) -> _EpochOfStream:
+    @property
+    def jumps(self) -> bool:
+        """Whether any position is reached at once: where batches have numbers."""
+        return hasattr(self._batches, "starting_at") and self._asked is None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether all passes are alike, so that any can be had again."""
+        return is_pure(self._given) and self._asked is None
+
+    def inexact(self) -> str | None:
+        """Why the same batches cannot be had again in another process, if so."""
+        return random_order(self._given)
+
+    def replay(self, passes: Sequence[tuple[int, int]]) -> None:
+        """Read these passes, (epoch, steps) each, as training has; drop the batches.
+
+        Whatever the iterable remembers from one pass to the next (an order that is
+        shuffled again, a generator's place) is then as it was.
+        """
+        if self.jumps or is_pure(self._given):
+            return  # Every pass is like the first.
+        for epoch, steps in passes:
+            data = self.open(epoch)
+            try:
+                _drop(data, steps)
+                if self._asked is None:
+                    _drop(data, sys.maxsize)
+            finally:
+                data.close()
+
+    def marks(self) -> Mapping[str, int]:
+        """CRC-32 of every `MARK_EVERY`th batch of the last two passes, by place."""
+        recent = (0, self._passes - 1, self._passes)
+        # The thread that reads may be adding one.
+        known = self._marks.copy()
+        for key in known:
+            if key[0] not in recent:
+                self._marks.pop(key, None)
+        marks = {k: v for k, v in known.items() if k[0] in recent}
+        return {f"{number}/{place}": crc for (number, place), crc in marks.items()}
+
+    def open(self, epoch: int, start: int = 0) -> _EpochOfStream:
         """The epoch's data: from the start, or from where the last epoch stopped."""
+        starting_at = getattr(self._batches, "starting_at", None)
+        if start and self.jumps and starting_at is not None:
+            first = next(iter(self._batches))
+            self._stop()
+            self._start(
+                math.inf,
+                batches=starting_at(start),
+                usual=_specs((self._read or as_batch)(first)),
+            )
+            assert self._open is not None
+            self._taken = start
+            return _EpochOfStream(self._open, self)
+        data = self._opened()
+        _drop(data, start)
+        return data
+
+    def _opened(self) -> _EpochOfStream:
         if self._untouched:
             self._untouched = False
             assert self._open is not None
@@ -326,15 +404,31 @@ class StreamSource:
         self._stop()
         self._end_epoch()
 
-    def _start(self, allowed: float) -> None:
+    def _start(
+        self,
+        allowed: float,
+        *,
+        batches: Iterator[Any] | None = None,
+        usual: tuple[Any, ...] | None = None,
+    ) -> None:
         self._begin_epoch()
         self._taken = 0
+        self._passes += 1
+        number = 0 if is_pure(self._given) else self._passes
+        jumped = batches is not None
+
+        def mark(place: int, batch: tuple[Any, ...]) -> None:
+            if not jumped and _is_dense(batch) and (number, place) not in self._marks:
+                self._marks[number, place] = _checksum(batch)
+
         self._open = StreamPass(
-            iter(self._batches),
+            iter(self._batches) if batches is None else batches,
             self._place,
             allowed=allowed,
             loosens=self._loosens,
             read=self._read,
+            usual=usual,
+            mark=mark,
         )
 
     def _stop(self) -> None:
@@ -395,6 +489,24 @@ class _EpochOfStream:
     def close(self) -> None:
         """The epoch is over; whether the pass is, the source knows."""
         self._source.finish()
+
+
+def _drop(data: _EpochOfStream, steps: int) -> None:
+    """Read so many steps, and train on none of them."""
+    while steps > 0:
+        segment = data.take(min(steps, CHUNK_STEPS))
+        if segment is None:
+            return
+        steps -= segment.steps
+
+
+def _checksum(batch: tuple[Any, ...]) -> int:
+    import keras
+
+    value = 0
+    for leaf in keras.tree.flatten(batch):
+        value = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, value)
+    return value
 
 
 def ran_dry(*, stacklevel: int) -> None:
@@ -492,10 +604,13 @@ def _is_dense(batch: tuple[Any, ...]) -> bool:
     return not any(isinstance(leaf, Native) for leaf in keras.tree.flatten(batch))
 
 
-def _capacity(batch: tuple[Any, ...]) -> int:
+def _capacity(specs: tuple[Any, ...]) -> int:
     import keras
 
-    if not _is_dense(batch):
+    leaves = keras.tree.flatten(specs)
+    if any(isinstance(leaf, NativeSpec) for leaf in leaves):
         return 1
-    size_bytes = sum(leaf.nbytes for leaf in keras.tree.flatten(batch))
+    size_bytes = sum(
+        int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves
+    )
     return int(max(1, min(CHUNK_STEPS, CHUNK_BYTES // max(1, size_bytes))))

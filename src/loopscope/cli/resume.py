@@ -1,0 +1,62 @@
+"""`loopscope resume`: go on where a run stopped, or branch off it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loopscope.cli.common import command, json_option, run_argument, start_backend
+
+
+@click.command()
+@run_argument
+@click.option("--anyway", is_flag=True, help="Whatever has changed since.")
+@click.option("--epochs", type=int, help="Stop at this number.  [default: as before]")
+@click.option("--from-step", type=int, help="Branch off before this step.")
+@click.option("--run", type=click.Path(path_type=Path), help="The branch's new folder.")
+@click.option("--learning-rate", type=float, help="Of the branch, from there on.")
+@click.option("--gear", help="Of the branch, from there on.")
+@json_option
+@command
+def resume(
+    path: Path,
+    anyway: bool,
+    epochs: int | None,
+    from_step: int | None,
+    run: Path | None,
+    learning_rate: float | None,
+    gear: str | None,
+    as_json: bool,
+) -> None:
+    """Go on with the run in DIR: at the next batch, to the bits it would have ended in.
+
+    With --from-step and --run, a new run branches off: up to that step it is the same,
+    then it goes on, with another learning rate or gear if asked. DIR stays as it is.
+    """
+    from loopscope.errors import UsageError
+    from loopscope.run.folder import Folder
+
+    branching = (from_step, run, learning_rate, gear)
+    if any(b is not None for b in branching) and None in (from_step, run):
+        raise UsageError(
+            "A branch needs both --from-step N and --run NEW; --learning-rate and "
+            "--gear are for branches only."
+        )
+    folder = Folder(path)
+    start_backend(folder.manifest["identity"]["backend"])
+    from loopscope.cli.training import train_and_tell
+    from loopscope.gear import resolve
+    from loopscope.runs import experiment_of, open_run
+
+    made = experiment_of(folder)
+    if from_step is not None and run is not None:
+        if gear is not None:
+            resolve(gear, made.loop.backend.gears, backend=made.loop.backend.name)
+        open_run(path).branch(from_step, run, learning_rate=learning_rate, gear=gear)
+        path = run
+    changes: dict[str, Any] = {"run": path, "resume": "anyway" if anyway else True}
+    if epochs is not None:
+        changes["epochs"] = epochs
+    train_and_tell(made, changes, as_json=as_json)

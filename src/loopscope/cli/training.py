@@ -1,0 +1,73 @@
+"""What `train` and `resume` share: training an experiment, and saying how it went."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from loopscope.cli.common import print_json
+
+
+def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None:
+    """Train an experiment with some changed arguments; print its metrics."""
+    from loopscope.events import EpochEnd, Resumed
+    from loopscope.view import text
+    from loopscope.view.progress import ProgressLine
+
+    loop, out = made.loop, text.console()
+    total = changes.get("epochs") or made.arguments.get("epochs", 1)
+    changes = {"verbose": 0, **changes}
+    began_at = loop.step
+
+    def say(event: Any) -> None:
+        nonlocal began_at
+        if isinstance(event, EpochEnd):
+            out.print(
+                f"epoch {event.epoch + 1}/{total} - {event.wall_s:.1f} s - "
+                f"{text.metrics(event.logs)}"
+            )
+        elif isinstance(event, Resumed):
+            began_at = event.step
+            out.print(f"goes on at step {event.step}, epoch {event.epoch + 1}/{total}")
+
+    line = ProgressLine()
+    if not as_json:
+        loop.subscribe(line)
+        loop.subscribe(say)
+    began = time.perf_counter()
+    with line.shown():
+        history = made.fit(**changes)
+    seconds = time.perf_counter() - began
+    metrics = {name: values[-1] for name, values in history.history.items()}
+    state = loop.state.sha256()
+    run = changes.get("run")
+    result = {
+        "steps": loop.step,
+        "epochs": len(history.epoch),
+        "gear": loop.gear.name if loop.gear else None,
+        "metrics": metrics,
+        "seconds": seconds,
+        "state_sha256": state,
+        "run": None if run is None else str(run),
+    }
+    if as_json:
+        print_json(result)
+        return
+    out.print(
+        f"{loop.step - began_at} steps in gear {result['gear']}, {seconds:.1f} s, "
+        f"state {state[:12]}"
+    )
+    if run is not None:
+        out.print(f"recorded in {run}", soft_wrap=True)
+
+
+def fresh_run(name: str) -> Path:
+    """A folder for a run that was given none: runs/NAME-TIME."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = Path("runs") / f"{name}-{stamp}"
+    count = 1
+    while path.exists():
+        count += 1
+        path = Path("runs") / f"{name}-{stamp}-{count}"
+    return path

@@ -1,0 +1,70 @@
+"""What has changed since a run was recorded, and refusing what can change bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loopscope.data.arrays import ArraySource
+from loopscope.errors import RunError
+from loopscope.run import about, identity, memory
+from loopscope.run.identity import Difference
+
+if TYPE_CHECKING:
+    from loopscope.data.source import Source
+    from loopscope.loop import Loop
+
+
+def since(
+    manifest: Mapping[str, Any],
+    loop: Loop,
+    source: Source | None,
+    *,
+    data: str | None,
+    gear: str | None,
+    callbacks: Sequence[Any] | None = None,
+) -> list[Difference]:
+    """Every difference that can change bits, the likeliest to first.
+
+    Args:
+        manifest: Of the run.
+        loop: In this process.
+        source: Its training data.
+        data: Their fingerprint, as the run's journal has it.
+        gear: The gear that the run used.
+        callbacks: Those of now; `None` where they have no part in what comes.
+    """
+    was = {**manifest["identity"], "gear": gear, "source": _kind(manifest["source"])}
+    now = {
+        **about.of(loop),
+        "gear": loop.gear.name if loop.gear is not None else gear,
+        "source": _kind(about.described(source)),
+    }
+    if source is None:
+        was.pop("source")
+        now.pop("source")
+    if data is not None and isinstance(source, ArraySource):
+        was["data"], now["data"] = data, identity.data_fingerprint(source.arrays)
+    if callbacks is not None and manifest["callbacks"] is not None:
+        was["callbacks"] = manifest["callbacks"]
+        now["callbacks"] = [memory.kind_of(c) for c in callbacks]
+    return identity.differences(was, now)
+
+
+def refuse(differences: Sequence[Difference], path: Any) -> None:
+    """Refuse to go on with these differences.
+
+    Raises:
+        RunError: Naming each; there are some.
+    """
+    if differences:
+        lines = "".join(f"\n  {d}" for d in differences)
+        raise RunError(
+            f"The run {str(path)!r} was recorded under other conditions, which can "
+            f"change bits:{lines}\nNothing was changed. Go back to them, or go on all "
+            "the same: `loopscope resume --anyway`, `fit(..., resume='anyway')`."
+        )
+
+
+def _kind(described: Mapping[str, Any] | None) -> Any:
+    return {k: described[k] for k in ("kind", "specs")} if described else None

@@ -1,0 +1,414 @@
+"""The journal: what happened, in SQLite.
+
+Values of steps lie in rows of many steps each, as the bytes of an array, so that the
+journal keeps up with the fused gears and ten million steps can be read at once. Every
+row carries the CRC-32 of its other columns: SQLite itself does not notice a flipped
+bit. docs/run-format.md describes the tables.
+
+SQLite from 3.7.0 to 3.51.2 can lose a page when two connections write: there is one
+that writes, and readers are opened read-only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopscope.errors import RunError
+
+VERSION = 1
+APPLICATION = 0x6C6F6F70
+"""Says in the header of the file whose it is: "loop"."""
+
+TABLES = {
+    "steps": ("first", "name", "count", "dtype", "data", "time"),
+    "epochs": ("epoch", "first_step", "steps", "logs", "wall_s", "time"),
+    "events": ("id", "step", "kind", "data", "time"),
+    "checkpoints": (
+        "name",
+        "step",
+        "epoch",
+        "batch_index",
+        "size_bytes",
+        "sha256",
+        "state_sha256",
+        "kept",
+        "time",
+    ),
+    "writes": ("step", "turn", "path", "dtype", "shape", "data"),
+    "facts": ("name", "value"),
+}
+"""Each table with its columns; `crc` comes after them."""
+
+_KEYS = {
+    "steps": "first, name",
+    "epochs": "epoch",
+    "events": "id",
+    "checkpoints": "name",
+    "writes": "step, turn, path",
+    "facts": "name",
+}
+
+_SCHEMA = "\n".join(
+    f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(columns)}, crc INTEGER, "
+    f"PRIMARY KEY ({_KEYS[table]})) WITHOUT ROWID;"
+    for table, columns in TABLES.items()
+)
+
+Row = tuple[Any, ...]
+
+
+def crc(row: Iterable[Any]) -> int:
+    """The CRC-32 of a row: of each column's type, length and bytes, in order."""
+    value = 0
+    for column in row:
+        if isinstance(column, bytes):
+            kind, data = b"b", column
+        else:
+            kind, data = type(column).__name__[:1].encode(), repr(column).encode()
+        value = zlib.crc32(b"%b%d:" % (kind, len(data)), value)
+        value = zlib.crc32(data, value)
+    return value
+
+
+class JournalWriter:
+    """The one connection that writes. Used by one thread.
+
+    Args:
+        path: The file; made if need be.
+
+    Raises:
+        sqlite3.Error: The file cannot be opened or is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, timeout=5.0
+        )
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA wal_autocheckpoint=4000")
+            self._db.execute(f"PRAGMA application_id={APPLICATION}")
+            self._db.execute(f"PRAGMA user_version={VERSION}")
+            self._db.executescript(_SCHEMA)
+        except BaseException:
+            self._db.close()
+            raise
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[None]:
+        """All of a block's rows, or none.
+
+        Args:
+            durable: Wait until the disk has them: they outlive a power cut, not only
+                a killed process.
+        """
+        if durable:
+            self._db.execute("PRAGMA synchronous=FULL")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+        finally:
+            if durable:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("PRAGMA synchronous=NORMAL")
+
+    def put(self, table: str, rows: Sequence[Row]) -> None:
+        """Insert rows; those of the same key are replaced."""
+        marks = ", ".join("?" * (len(TABLES[table]) + 1))
+        self._db.executemany(
+            f"INSERT OR REPLACE INTO {table} VALUES ({marks})",
+            [(*row, crc(row)) for row in rows],
+        )
+
+    def next_event(self) -> int:
+        """The number of the next event, counted from 1."""
+        (last,) = self._db.execute("SELECT max(id) FROM events").fetchone()
+        return (last or 0) + 1
+
+    def cut(self, step: int, turn: int, epoch: int, *, begun: bool) -> None:
+        """Forget what came after `step` steps had been trained.
+
+        Args:
+            step: Steps that stay: 0 to `step - 1`.
+            turn: Of the writes before step `step`, how many turns stay.
+            epoch: Epochs that stay whole: those before this one.
+            begun: Whether this one had begun.
+        """
+        columns = ", ".join(TABLES["steps"])
+        rows = self._db.execute(f"SELECT {columns}, crc FROM steps").fetchall()
+        for row in rows:
+            first, name, count, dtype, data, time, check = row
+            whole = crc(row[:-1]) == check
+            if whole and first + count <= step:
+                continue
+            self._db.execute(
+                "DELETE FROM steps WHERE first IS ? AND name IS ?", (first, name)
+            )
+            if whole and first < step:
+                size = np.dtype(dtype).itemsize * (step - first)
+                kept = (first, name, step - first, dtype, data[:size], time)
+                self.put("steps", [kept])
+        self._db.execute(
+            "DELETE FROM writes WHERE step > ? OR (step = ? AND turn >= ?)",
+            (step, step, turn),
+        )
+        last = epoch if begun else epoch - 1
+        self._db.execute("DELETE FROM epochs WHERE epoch > ?", (last,))
+        rows = self._db.execute(
+            "SELECT epoch, first_step, time FROM epochs WHERE epoch = ?", (epoch,)
+        ).fetchall()
+        self.put("epochs", [(e, first, None, None, None, t) for e, first, t in rows])
+        # What was made at the end of training stands at the same step.
+        self._db.execute(
+            "DELETE FROM checkpoints WHERE step > ? OR name LIKE '%-end'", (step,)
+        )
+
+    def replace_events(self, rows: Sequence[Row]) -> None:
+        """Forget every event; put in rows that have their CRC."""
+        self._db.execute("DELETE FROM events")
+        self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def close(self, *, tidy: bool = True) -> None:
+        """Close the file; if tidy, leave one file that can be read anywhere."""
+        if tidy:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("PRAGMA journal_mode=DELETE")
+        self._db.close()
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """An epoch, as the journal has it. What is not over yet is `None`.
+
+    Attributes:
+        epoch: Its number, counted from 0.
+        first_step: Global number of its first step.
+        steps: How many steps it had.
+        logs: Its metrics.
+        wall_s: Seconds, validation included.
+    """
+
+    epoch: int
+    first_step: int
+    steps: int | None
+    logs: dict[str, Any] | None
+    wall_s: float | None
+
+
+class JournalReader:
+    """Reads a journal without keeping its writer waiting, and without changing it.
+
+    Args:
+        path: The file.
+        live: Whether a process may be writing it. Otherwise, where a crash has left a
+            log beside the file, both are read from a copy.
+
+    Raises:
+        RunError: There is none, it is damaged, or of a later version.
+    """
+
+    def __init__(self, path: Path, *, live: bool) -> None:
+        self._path = path
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
+        if not path.exists():
+            raise RunError(f"There is no journal {str(path)!r}")
+        logs = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
+        if not live and any(log.exists() for log in logs):
+            self._copy = tempfile.TemporaryDirectory(prefix="loopscope-")
+            for file in filter(Path.exists, (path, *logs)):
+                shutil.copyfile(file, Path(self._copy.name) / file.name)
+            path = Path(self._copy.name) / path.name
+        # A file that nobody writes can be read where nothing can be written.
+        mode = "mode=ro" if live or self._copy else "mode=ro&immutable=1"
+        with self._reading():
+            self._db = sqlite3.connect(
+                f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False
+            )
+            try:
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+                (owner,) = self._db.execute("PRAGMA application_id").fetchone()
+            except BaseException:
+                self.close()
+                raise
+        if owner != APPLICATION or version < 1:
+            self.close()
+            raise RunError(f"{self._path} is damaged: it does not say it is a journal")
+        if version > VERSION:
+            self.close()
+            raise RunError(
+                f"{self._path} has version {version}; this version of loopscope reads "
+                f"up to {VERSION}. Install a newer one."
+            )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            raise RunError(f"{self._path} is damaged: {error}") from error
+
+    def rows(self, table: str, where: str = "", *values: Any) -> list[Row]:
+        """Rows of a table without their CRC, by key.
+
+        Raises:
+            RunError: A row is not what was written.
+        """
+        columns = ", ".join(TABLES[table])
+        with self._reading():
+            found = self._db.execute(
+                f"SELECT {columns}, crc FROM {table} {where} ORDER BY {_KEYS[table]}",
+                values,
+            ).fetchall()
+        for row in found:
+            if crc(row[:-1]) != row[-1]:
+                raise RunError(
+                    f"{self._path} is damaged: the row {row[0]!r} of {table!r} does "
+                    "not match its checksum"
+                )
+        return [row[:-1] for row in found]
+
+    def scalars(
+        self, name: str | None = None, first: int = 0, stop: int | None = None
+    ) -> dict[str, tuple[int, np.ndarray]]:
+        """The values of steps: by name, the first step and an array.
+
+        Args:
+            name: Of one of them; `None` for all.
+            first: The first step wanted.
+            stop: The step to stop before.
+
+        Raises:
+            RunError: A row is damaged, or steps are missing between others.
+        """
+        where, values = "WHERE first + count > ?", [first]
+        if stop is not None:
+            where, values = where + " AND first < ?", [*values, stop]
+        parts: dict[str, list[np.ndarray]] = {}
+        begins: dict[str, int] = {}
+        ends: dict[str, int] = {}
+        for at, found, count, dtype, data, _ in self.rows("steps", where, *values):
+            if name is not None and found != name:
+                continue
+            if ends.setdefault(found, at) != at:
+                raise RunError(
+                    f"{self._path} is damaged: steps {ends[found]} to {at - 1} of "
+                    f"{found!r} are missing"
+                )
+            parts.setdefault(found, []).append(np.frombuffer(data, np.dtype(dtype)))
+            begins.setdefault(found, at)
+            ends[found] = at + count
+        joined = {}
+        for found, arrays in parts.items():
+            low = max(0, first - begins[found])
+            high = None if stop is None else max(low, stop - begins[found])
+            array = np.concatenate(arrays)[low:high]
+            joined[found] = (begins[found] + low, array)
+        return joined
+
+    def epochs(self) -> list[EpochRow]:
+        """Every epoch that has begun."""
+        return [
+            EpochRow(
+                epoch, first, steps, None if logs is None else json.loads(logs), wall_s
+            )
+            for epoch, first, steps, logs, wall_s, _ in self.rows("epochs")
+        ]
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Every event: id, step, kind, time (seconds since 1970), and its data.
+
+        Raises:
+            RunError: A row is damaged or missing.
+        """
+        rows = self.rows("events")
+        if [row[0] for row in rows] != list(range(1, len(rows) + 1)):
+            raise RunError(f"{self._path} is damaged: an event is missing")
+        return [
+            {"id": id_, "step": step, "kind": k, "time": time, **json.loads(data)}
+            for id_, step, k, data, time in rows
+            if kind in (None, k)
+        ]
+
+    def fact(self, name: str) -> Any:
+        """A fact that became known while the run went on; `None` if it did not."""
+        rows = self.rows("facts", "WHERE name = ?", name)
+        return json.loads(rows[0][1]) if rows else None
+
+    def covered(self) -> int:
+        """How many steps are there in unbroken order from the first, undamaged.
+
+        The number of the step that comes after them.
+        """
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT first, name, count, dtype, data, time, crc FROM steps "
+                "ORDER BY first, name"
+            ).fetchall()
+        ends: dict[str, int] = {}
+        for row in rows:
+            at, name, count = row[:3]
+            if crc(row[:-1]) != row[-1] or ends.get(name, at) != at:
+                known = list(ends.values())
+                return min([at, *known]) if type(at) is int else min(known, default=0)
+            ends[name] = at + count
+        return min(ends.values(), default=0)
+
+    def recorded(self) -> int:
+        """The number of the step after the last one there is."""
+        with self._reading():
+            (last,) = self._db.execute(
+                "SELECT max(first + count) FROM steps"
+            ).fetchone()
+        return int(last or 0)
+
+    def check(self) -> None:
+        """Read everything but the values of steps.
+
+        Raises:
+            RunError: Something is damaged.
+        """
+        with self._reading():
+            (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise RunError(f"{self._path} is damaged: {found}")
+        for table in ("epochs", "checkpoints", "writes", "facts"):
+            self.rows(table)
+        self.events()
+
+    def copy(self, path: Path) -> None:
+        """Write all of it to a new file."""
+        target = sqlite3.connect(path)
+        try:
+            with self._reading():
+                self._db.backup(target)
+        finally:
+            target.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+        if self._copy is not None:
+            self._copy.cleanup()
+
+
+def text(document: Mapping[str, Any]) -> str:
+    """A JSON column: numbers that are not finite as Python and SQLite's users know."""
+    return json.dumps(document, sort_keys=True, default=str)

@@ -1,0 +1,84 @@
+"""Python values as JSON and arrays, and back: no pickle, nothing to execute.
+
+What JSON cannot say is a dict with one key that begins with `$`: a tuple, a set, a
+dict whose keys are not text, bytes, a float that is not finite, a NumPy array (which
+goes among the arrays) or NumPy number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+class NotPlain(TypeError):
+    """A value that is code, an open file or an object: not plain data."""
+
+
+def encode(value: Any, arrays: Arrays, name: str) -> Any:
+    """The value as JSON; arrays in it are put into `arrays`, under names from `name`.
+
+    Raises:
+        NotPlain: There is something in it that is not plain data.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if kind in (list, tuple, set, frozenset):
+        items = sorted(value, key=repr) if kind in (set, frozenset) else value
+        parts = [encode(v, arrays, f"{name}/{i}") for i, v in enumerate(items)]
+        return parts if kind is list else {f"${kind.__name__}": parts}
+    if isinstance(value, dict):
+        if all(type(k) is str and not k.startswith("$") for k in value):
+            return {k: encode(v, arrays, f"{name}/{k}") for k, v in value.items()}
+        pairs = [
+            [encode(k, arrays, f"{name}/key"), encode(v, arrays, f"{name}/{k}")]
+            for k, v in value.items()
+        ]
+        return {"$dict": pairs}
+    if kind is bytes:
+        return {"$bytes": value.hex()}
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        return {"$number": [value.dtype.name, value.tobytes().hex()]}
+    if kind is np.ndarray and value.dtype.kind in "biufc":
+        arrays[name] = value
+        return {"$array": name}
+    raise NotPlain(f"{name}: {kind.__name__}")
+
+
+def decode(document: Any, arrays: Arrays) -> Any:
+    """The value that `encode` was given.
+
+    Raises:
+        ValueError: Not a document of `encode`'s.
+    """
+    if isinstance(document, list):
+        return [decode(part, arrays) for part in document]
+    if not isinstance(document, dict):
+        return document
+    tag = next(iter(document), "")
+    if len(document) != 1 or not tag.startswith("$"):
+        return {key: decode(part, arrays) for key, part in document.items()}
+    content = document[tag]
+    if tag == "$array":
+        return arrays[content]
+    if tag == "$float":
+        return float(content)
+    if tag == "$bytes":
+        return bytes.fromhex(content)
+    if tag == "$number":
+        dtype, hexadecimal = content
+        return np.frombuffer(bytes.fromhex(hexadecimal), dtype)[0]
+    parts = decode(content, arrays)
+    if tag == "$dict":
+        return dict(parts)
+    kinds = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
+    if tag not in kinds:
+        raise ValueError(f"unknown kind of value: {tag}")
+    return kinds[tag](parts)

@@ -1,0 +1,183 @@
+"""A run as it lies on the disk: what is to be known of it without running anything.
+
+No framework is needed, and none is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopscope.errors import LoopscopeError, RunError
+from loopscope.run import checkpoint
+from loopscope.run.folder import Folder
+from loopscope.run.journal import JournalReader
+from loopscope.run.plain import decode
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run on one line.
+
+    Attributes:
+        path: Of its folder.
+        status: `"running"`, `"finished"`, `"interrupted"`, or `"damaged"`.
+        experiment: What it trains, by name, or the script that did.
+        backend: Of Keras.
+        gear: How steps were executed.
+        created: When, in UTC.
+        epochs: Epochs that are over.
+        steps: Steps recorded.
+        resumable_step: Where it would go on; steps from there on are run again.
+        loss: Of the last step.
+        size_bytes: Of all its files.
+        writer: Who writes it now: pid, host, since.
+        problem: What is wrong with it.
+    """
+
+    path: str
+    status: str
+    experiment: str = ""
+    backend: str = ""
+    gear: str | None = None
+    created: str = ""
+    epochs: int = 0
+    steps: int = 0
+    resumable_step: int | None = None
+    loss: float | None = None
+    size_bytes: int = 0
+    writer: dict[str, Any] | None = None
+    problem: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+@contextmanager
+def journal(folder: Folder) -> Iterator[JournalReader]:
+    """A run's journal, for reading."""
+    reader = JournalReader(folder.journal_path, live=folder.writer() is not None)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def summary(folder: Folder) -> Summary:
+    """What a run is and how far it has come; a damaged one is described, not raised."""
+    path = str(folder.path)
+    try:
+        manifest = folder.manifest
+        found, _ = checkpoint.entries(folder.checkpoints_path)
+        writer = folder.writer()
+        with journal(folder) as reader:
+            epochs = [e for e in reader.epochs() if e.steps is not None]
+            first = manifest["first_step"]
+            last = max(first, reader.recorded())
+            tail = reader.scalars(None, max(first, last - 1))
+    except LoopscopeError as error:
+        return Summary(path, "damaged", problem=str(error))
+    ended = [e for e in found if e.content["finished"]]
+    open_ends = [e for e in found if not e.content["finished"]]
+    loss = next(iter(_loss_first(tail)), None)
+    status = "running" if writer else "finished" if ended else "interrupted"
+    return Summary(
+        path,
+        status,
+        experiment=str(manifest["origin"].get("experiment") or _script(manifest)),
+        backend=manifest["identity"]["backend"],
+        gear=(found[-1].content["gear"] if found else manifest["identity"]["gear"]),
+        created=manifest["created"],
+        epochs=len(epochs),
+        steps=last - first,
+        resumable_step=open_ends[-1].step if open_ends else None,
+        loss=float(loss[-1]) if loss is not None and len(loss) else None,
+        size_bytes=sum(f.stat().st_size for f in folder.path.rglob("*") if f.is_file()),
+        writer=writer,
+    )
+
+
+def summaries(path: Path) -> list[Summary]:
+    """Every run in a folder or below it, newest first; or the one that it is."""
+    if Folder(path).exists:
+        return [summary(Folder(path))]
+    if not path.is_dir():
+        raise RunError(f"There is no folder {str(path)!r}")
+    found = [summary(Folder(p.parent)) for p in path.rglob("run.json")]
+    return sorted(found, key=lambda s: s.created, reverse=True)
+
+
+def steps(folder: Folder) -> dict[str, np.ndarray]:
+    """Every step's outputs: `"step"` and one array a name, of shape `(steps,)`."""
+    with journal(folder) as reader:
+        found = reader.scalars()
+    if not found:
+        return {"step": np.zeros(0, np.int64)}
+    first = min(at for at, _ in found.values())
+    stop = max(at + len(values) for at, values in found.values())
+    columns: dict[str, np.ndarray] = {"step": np.arange(first, stop)}
+    for name, (at, values) in found.items():
+        if len(values) == stop - first:
+            columns[name] = values
+            continue
+        column = np.full(stop - first, np.nan)  # It was not there from the beginning.
+        column[at - first : at - first + len(values)] = values
+        columns[name] = column
+    return columns
+
+
+def epochs(folder: Folder) -> list[dict[str, Any]]:
+    """Every epoch that is over: epoch, first_step, steps, seconds, and its metrics."""
+    with journal(folder) as reader:
+        rows = reader.epochs()
+    return [
+        {
+            "epoch": r.epoch,
+            "first_step": r.first_step,
+            "steps": r.steps,
+            "seconds": r.wall_s,
+            **decode(r.logs or {}, {}),
+        }
+        for r in rows
+        if r.steps is not None
+    ]
+
+
+def curve(
+    folder: Folder, name: str, points: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A step's output in at most so many points: step, mean, least, greatest.
+
+    Each of shape `(points,)`; what is not a number has no part in a point's values.
+    """
+    with journal(folder) as reader:
+        found = reader.scalars(name)
+    if name not in found:
+        raise RunError(f"The run {str(folder.path)!r} records no {name!r}")
+    first, values = found[name]
+    size = max(1, -(-len(values) // points))
+    starts = np.arange(0, len(values), size)
+    finite = np.isfinite(values)
+    known = np.where(finite, values, 0).astype(np.float64)
+    counts = np.add.reduceat(finite, starts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.add.reduceat(known, starts) / counts
+    low = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
+    high = np.maximum.reduceat(np.where(finite, values, -np.inf), starts)
+    return first + starts, mean, low, high
+
+
+def _loss_first(found: dict[str, tuple[int, np.ndarray]]) -> Sequence[np.ndarray]:
+    names = sorted(found, key=lambda name: name != "loss")
+    return [found[name][1] for name in names]
+
+
+def _script(manifest: Any) -> str:
+    script = manifest.get("script") or [""]
+    return Path(script[0]).name

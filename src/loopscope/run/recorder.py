@@ -1,0 +1,604 @@
+"""Listens to a loop and decides what is written, and when.
+
+It hears everything twice: before anybody else, to know what steps have made of the
+variables, and after everybody else, to see what callbacks have made of them since.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loopscope.data.arrays import ArraySource
+from loopscope.errors import RunError
+from loopscope.events import (
+    ChunkBegin,
+    ChunkEnd,
+    Compiled,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    GearChosen,
+    PhaseBegin,
+    PhaseEnd,
+    Resumed,
+    TrainEnd,
+)
+from loopscope.run import about, changes, checkpoint, identity, memory, signals
+from loopscope.run.checkpoint import Checkpoint
+from loopscope.run.folder import Folder
+from loopscope.run.journal import JournalWriter
+from loopscope.run.plain import Arrays, NotPlain, encode
+from loopscope.run.recording import Recording
+from loopscope.run.watch import BARRIER, writes
+from loopscope.run.writer import Limits, Writer
+from loopscope.standing import Standing
+from loopscope.state import sha256
+
+if TYPE_CHECKING:
+    from loopscope.callbacks import CallbackListener
+    from loopscope.data.source import Source
+    from loopscope.loop import Loop
+
+COST = 0.01
+"""The share of the time that checkpoints which can wait may take."""
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What a training that goes on has behind it.
+
+    Attributes:
+        checkpoint: Where it goes on.
+        standing: The same, as a loop takes it.
+        manifest: Of the run.
+        recorded: The step up to which the journal had come.
+        data: The fingerprint of the training data, if the journal has it.
+        history: The number and the metrics of each epoch before.
+        notes: What was found on the way, one line each.
+        over: Whether there is nothing left to do, so that nothing is written.
+        anyway: Whether to go on whatever has changed since.
+        move_to: A folder for the callbacks' files, where another run has theirs.
+    """
+
+    checkpoint: Checkpoint
+    standing: Standing
+    manifest: Mapping[str, Any]
+    recorded: int
+    data: str | None
+    history: Sequence[tuple[int, Mapping[str, Any]]] = ()
+    notes: Sequence[str] = ()
+    over: bool = False
+    anyway: bool = False
+    move_to: Path | None = None
+
+
+class Recorder:
+    """Records one training of a loop.
+
+    Args:
+        loop: Whose.
+        folder: Where.
+        how: When, and how much.
+        past: Where it goes on, if it does.
+    """
+
+    def __init__(
+        self, loop: Loop, folder: Folder, how: Recording, past: Past | None
+    ) -> None:
+        self._loop, self._folder, self._how, self._past = loop, folder, how, past
+        self._writer: Writer | None = None
+        self._callbacks: list[Any] = []
+        self._watch = True
+        """Whether somebody may assign variables between the steps of an epoch."""
+        self._before: Mapping[str, Any] | None = None
+        """The variables as they were at the last look."""
+        self._turn = 0
+        """Groups of writes that were recorded before the next step."""
+        self._saved_step, self._saved_s = -1, time.monotonic()
+        self._first_step, self._passes = 0, 0
+        """Of the epoch: its first step, and its passes over training data."""
+        self._passed: Standing | None = None
+        """Where the last pass over training data has led."""
+        self._best: float | None = None
+        self._best_waits: Callable[[], Checkpoint] | None = None
+        self._remembers = True
+        """Whether the callbacks are those of before, so that they can be set back."""
+        self._signal: int | None = None
+        self._asked = False
+
+    # Beginning and end.
+
+    @contextmanager
+    def listening(
+        self,
+        listener: CallbackListener | None,
+        source: Source | None,
+        arguments: Mapping[str, Any],
+    ) -> Iterator[None]:
+        """Record for the duration of a block, in which the loop trains."""
+        loop = self._loop
+        self._listener = listener
+        if listener is not None:
+            self._callbacks = [c for c in listener.callbacks if not _is_bar(c)]
+        self._watch = listener is None or listener.hooked
+        if self._past is None:
+            self._begin(source, arguments)
+        else:
+            self._prepare(self._past, source)
+        limits = {"train": self._until_due}
+        loop.subscribe(self._hear_first, first=True)
+        loop.subscribe(self._hear_last, chunk_steps=limits)  # type: ignore[arg-type]
+        loop.saves(self._ask)
+        try:
+            with signals.caught(self._tell), self._warnings():
+                if source is not None and source.inexact():
+                    self._say_inexact(source)
+                yield
+        except BaseException as error:
+            self._end(error)
+            raise
+        else:
+            self._end(None)
+        finally:
+            loop.saves(None)
+            loop.unsubscribe(self._hear_first)
+            loop.unsubscribe(
+                self._hear_last,
+                chunk_steps=limits,  # type: ignore[arg-type]
+            )
+
+    def _begin(self, source: Source | None, arguments: Mapping[str, Any]) -> None:
+        checkpoint.clean(self._folder.checkpoints_path)
+        self._folder.write_manifest(
+            about.manifest(
+                self._loop,
+                self._how,
+                source,
+                None if self._listener is None else self._callbacks,
+                arguments,
+            )
+        )
+        self._open(JournalWriter(self._folder.journal_path))
+        gear = self._loop.gear
+        self._event("begin", gear=gear.name if gear else None, pid=os.getpid())
+        if isinstance(source, ArraySource):
+            arrays = source.arrays
+            assert self._writer is not None
+            self._writer.fact("data", lambda: identity.data_fingerprint(arrays))
+
+    def _prepare(self, past: Past, source: Source | None) -> None:
+        """Refuse what has changed, say what was found, let callbacks go on."""
+        memories = past.checkpoint.content["callbacks"]
+        if not past.anyway:
+            changes.refuse(
+                changes.since(
+                    past.manifest,
+                    self._loop,
+                    source,
+                    data=past.data,
+                    gear=past.standing.gear,
+                    callbacks=None if self._listener is None else self._callbacks,
+                ),
+                self._folder.path,
+            )
+        kinds = [memory.kind_of(c) for c in self._callbacks]
+        self._remembers = kinds == [m["kind"] for m in memories]
+        for note in past.notes:
+            warnings.warn(f"{self._folder.path}: {note}", stacklevel=6)
+        if self._remembers:
+            memory.before_training(
+                self._callbacks, memories, past.move_to, over=past.over
+            )
+
+    def _open(self, journal: JournalWriter) -> None:
+        limits = Limits(self._how.replay_steps, self._how.disk_bytes)
+        self._writer = Writer(self._folder, journal, limits)
+
+    def _go_on(self) -> None:
+        """Cut the journal at the checkpoint: from here on this process writes."""
+        past = self._past
+        assert past is not None
+        _refuse_other_batches(past, self._loop.data)
+        standing, turn = past.standing, past.checkpoint.content["turn"]
+        journal = JournalWriter(self._folder.journal_path)
+        cursor = standing.cursor
+        with journal.transaction(durable=True):
+            journal.cut(standing.step, turn, cursor.epoch, begun=cursor.begun)
+        checkpoint.cut(self._folder.checkpoints_path, past.checkpoint)
+        self._open(journal)
+        self._turn = turn
+        self._saved_step, self._saved_s = standing.step, time.monotonic()
+        best = past.checkpoint.content["best"]
+        self._best = best["value"]
+        assert self._writer is not None
+        self._writer.best = best["name"]
+        self._event(
+            "resume",
+            checkpoint=past.checkpoint.name,
+            recorded=past.recorded,
+            lost=max(0, past.recorded - standing.step),
+            notes=list(past.notes),
+            pid=os.getpid(),
+        )
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._writer is None:
+            return
+        if error is not None and self._signal is None:
+            self._event(
+                "error",
+                error=f"{type(error).__name__}: {error}",
+                notes=list(getattr(error, "__notes__", ())),
+                traceback="".join(traceback.format_exception(error))[-8000:],
+            )
+        self._writer.close(tidy=True)
+        self._say_problems()
+
+    # Hearing.
+
+    def _hear_first(self, event: Event) -> None:
+        match event:
+            case ChunkEnd(phase="train"):
+                self._turn, self._before = 0, None
+                if self._watch:
+                    self._before = self._loop.state.values()
+            case PhaseEnd(phase="train"):
+                self._turn, self._before = 0, self._loop.state.values()
+
+    def _hear_last(self, event: Event) -> None:
+        match event:
+            case Resumed():
+                assert self._past is not None
+                held = self._past.checkpoint
+                if self._remembers:
+                    memories, extra = held.content["callbacks"], held.extra
+                    memory.restore(self._callbacks, memories, dict(extra))
+                else:
+                    memory.fill_history(self._callbacks, self._past.history)
+                self._first_step = event.step - event.index
+                self._before = self._loop.state.values()
+            case EpochBegin(epoch=epoch):
+                self._passes, self._first_step = 0, self._loop.step
+                if self._writer is not None:
+                    self._row_of_epoch(epoch)
+            case PhaseBegin(phase="train"):
+                self._passes += 1
+                if self._passes == 2:
+                    self._event("second-pass")
+            case ChunkBegin(phase="train"):
+                self._before_chunk()
+            case ChunkEnd(phase="train"):
+                self._after_chunk(event)
+            case ChunkEnd():
+                self._leave_if_told(self._passed)
+            case PhaseEnd(phase="train"):
+                self._passed = self._loop.standing(state=self._before)
+            case EpochEnd():
+                self._after_epoch(event)
+            case TrainEnd():
+                self._after_training()
+            case Compiled():
+                self._event("compiled", **asdict(event))
+            case GearChosen():
+                self._event("gear", **asdict(event))
+        self._say_problems()
+
+    def _before_chunk(self) -> None:
+        if self._past is not None and self._past.over:
+            return
+        self._resume_writing()
+        turned = self._turn_off()
+        barrier = self._record_writes()
+        if self._saved_step < 0 or barrier or turned:
+            self._save(pinned=barrier or turned)
+        self._before = None
+
+    def _turn_off(self) -> bool:
+        """Where this run leaves the one it branched off: change what is to change."""
+        branch = self._past.manifest.get("branch") if self._past is not None else None
+        loop = self._loop
+        if branch is None or loop.step != branch["step"]:
+            return False
+        if self._before is None:
+            self._before = loop.state.values()
+        if branch["learning_rate"] is not None:
+            loop.model.optimizer.learning_rate = branch["learning_rate"]
+        if branch["gear"] is not None:
+            loop.gear = branch["gear"]
+        self._event("branch", **branch)
+        return True
+
+    def _after_chunk(self, event: ChunkEnd) -> None:
+        if self._writer is None:
+            return
+        values = {n: _number(v) for n, v in event.outputs.items() if _is_scalar(v)}
+        self._writer.scalars(event.step, values)
+        if self._passes > 1:
+            return  # Only the first pass of an epoch has a place to go on from.
+        elapsed_s = time.monotonic() - self._saved_s
+        due = self._loop.step - self._saved_step >= self._how.replay_steps
+        late = elapsed_s >= max(self._how.every_s, self._writer.cost_s / COST)
+        if self._asked or ((due or late) and not self._writer.saving):
+            self._save()
+        self._leave_if_told(None)
+
+    def _after_epoch(self, event: EpochEnd) -> None:
+        if self._past is not None and self._past.over:
+            return
+        self._resume_writing()
+        writer, loop = self._writer, self._loop
+        assert writer is not None
+        self._row_of_epoch(
+            event.epoch,
+            loop.step - self._first_step,
+            _text(event.logs),
+            event.wall_s,
+        )
+        value = event.logs.get(self._how.monitor)
+        best = isinstance(value, float) and self._how.better(value, self._best)
+        if best:
+            self._best = value
+        made = self._capture()
+        elapsed_s = time.monotonic() - self._saved_s
+        last = self._loop.is_last(event.epoch)
+        if (
+            last
+            or self._asked
+            or (elapsed_s >= writer.cost_s / COST and not writer.saving)
+        ):
+            self._put(made, best=best)
+        elif best:
+            self._best_waits = made
+        self._leave_if_told(None)
+
+    def _after_training(self) -> None:
+        if self._past is not None and self._past.over:
+            return
+        self._resume_writing()
+        if self._writer is not None:
+            self._put(self._capture(finished=True))
+            self._event("finished")
+            self._writer.wait()
+
+    def _resume_writing(self) -> None:
+        if self._writer is None and self._past is not None:
+            self._go_on()
+            if self._past.standing.cursor.epoch != self._loop.cursor.epoch:
+                return
+            if self._loop.cursor.begun:
+                self._row_of_epoch(self._loop.cursor.epoch)
+
+    # Saving.
+
+    def _until_due(self, index: int) -> int:
+        """The most steps of a chunk: none goes past a checkpoint that is due."""
+        step, most = self._loop.step, self._how.replay_steps
+        stops = [self._saved_step + most] if self._saved_step >= 0 else []
+        branch = self._past.manifest.get("branch") if self._past is not None else None
+        stops += [branch["step"]] if branch is not None else []
+        return min((stop - step for stop in stops if stop > step), default=most)
+
+    def _record_writes(self) -> bool:
+        """Record what was assigned since the last look; whether it was too much."""
+        if self._before is None:
+            return False
+        now = self._loop.state.values()
+        found = writes(self._before, now, self._loop.backend)
+        self._before = now
+        if found and self._writer is not None:
+            for path, dtype, shape, data in found:
+                row = (self._loop.step, self._turn, path, dtype, shape, data)
+                self._writer.row("writes", *row)
+            self._turn += 1
+        return any(path == BARRIER for path, *_ in found)
+
+    def _save(self, standing: Standing | None = None, *, pinned: bool = False) -> None:
+        self._put(self._capture(standing, pinned=pinned))
+
+    def _put(self, made: Callable[[], Checkpoint], *, best: bool = False) -> None:
+        assert self._writer is not None
+        if self._best_waits is not None and not best:
+            self._writer.save(self._best_waits, best=True)
+        self._best_waits = None
+        self._writer.save(made, best=best)
+        self._asked = False
+        self._saved_step, self._saved_s = self._loop.step, time.monotonic()
+
+    def _capture(
+        self,
+        standing: Standing | None = None,
+        *,
+        pinned: bool = False,
+        finished: bool = False,
+    ) -> Callable[[], Checkpoint]:
+        """Where training stands, as a checkpoint to be made on another thread."""
+        barrier = self._record_writes() if standing is None else False
+        at = standing or self._loop.standing(state=self._before)
+        extra: Arrays = {}
+        source = self._loop.data
+        content = {
+            "turn": self._turn,
+            "finished": finished,
+            "cursor": asdict(at.cursor),
+            "seed": at.seed,
+            "gear": at.gear,
+            "test_gear": at.test_gear,
+            "stopped": at.stopped,
+            "passes": [list(p) for p in at.passes],
+            "tests": at.tests,
+            "meters": _encoded(at.meters, extra, "meters"),
+            "logs": _encoded(at.logs, extra, "logs"),
+            "callbacks": memory.capture(self._callbacks, extra),
+            "marks": dict(source.marks()) if source is not None else {},
+            "best": {
+                "value": self._best,
+                "name": self._writer.best if self._writer is not None else None,
+            },
+        }
+        # Attributes of callbacks may be arrays that they go on changing.
+        extra = {name: array.copy() for name, array in extra.items()}
+        to_numpy, turn = self._loop.backend.to_numpy, self._turn
+        name = checkpoint.name_of(at.step, turn, finished=finished)
+
+        def make() -> Checkpoint:
+            state = {path: to_numpy(value) for path, value in at.state.items()}
+            return Checkpoint(
+                name=name,
+                step=at.step,
+                state=state,
+                extra=extra,
+                content=content,
+                state_sha256=sha256(state.items()),
+                pinned=pinned or barrier,
+            )
+
+        return make
+
+    # Being told.
+
+    def _ask(self) -> None:
+        self._asked = True
+
+    def _tell(self, number: int) -> None:
+        self._signal = number
+
+    def _leave_if_told(self, standing: Standing | None) -> None:
+        """After a signal: save where training stands, and end it."""
+        if self._signal is None or self._writer is None:
+            return
+        self._save(standing)
+        name = signal.Signals(self._signal).name
+        self._event("signal", signal=name)
+        self._writer.wait()
+        saved = standing.step if standing is not None else self._loop.step
+        where = f"the run {str(self._folder.path)!r} is saved before step {saved}"
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt(where)
+        print(f"loopscope: {name}; {where}", file=sys.stderr)
+        raise SystemExit(128 + self._signal)
+
+    # Saying.
+
+    def _event(self, kind: str, **data: Any) -> None:
+        if self._writer is not None:
+            self._writer.event(self._loop.step, kind, about.readable(data))
+
+    def _row_of_epoch(
+        self,
+        epoch: int,
+        steps: int | None = None,
+        logs: str | None = None,
+        wall_s: float | None = None,
+    ) -> None:
+        assert self._writer is not None
+        row = (epoch, self._first_step, steps, logs, wall_s, time.time())
+        self._writer.row("epochs", *row)
+
+    def _say_inexact(self, source: Source) -> None:
+        warnings.warn(
+            "This run cannot be repeated: another process would get other batches, "
+            f"since {source.inexact()}. It is recorded all the same; `resume` and "
+            "`rewind` will say where they depart.",
+            stacklevel=6,
+        )
+
+    def _say_problems(self) -> None:
+        if self._writer is None:
+            return
+        while not self._writer.problems.empty():
+            problem = self._writer.problems.get()
+            self._event("problem", problem=problem)
+            warnings.warn(f"{self._folder.path}: {problem}", stacklevel=6)
+
+    @contextmanager
+    def _warnings(self) -> Iterator[None]:
+        """Record the warnings of a block; they are shown as before."""
+        shown = warnings.showwarning
+
+        def show(message: Any, category: Any, *rest: Any, **named: Any) -> None:
+            self._event("warning", category=category.__name__, message=str(message))
+            shown(message, category, *rest, **named)
+
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            if warnings.showwarning is show:
+                warnings.showwarning = shown
+
+
+def _is_bar(callback: Any) -> bool:
+    """Whether it only shows progress: it has no part in what a run ends in."""
+    import keras
+
+    return isinstance(callback, keras.callbacks.ProgbarLogger)
+
+
+def _refuse_other_batches(past: Past, source: Source | None) -> None:
+    """Refuse data whose batches are not those that were trained on."""
+    if source is None:
+        return
+    was, now = past.checkpoint.content["marks"], source.marks()
+    for place, mark in was.items():
+        if place in now and now[place] != mark:
+            number = place.partition("/")[2]
+            raise RunError(
+                f"Batch {number} of the data is not the one that was trained on: the "
+                "source gives other batches than before"
+                f"{_because(source)}. Nothing was changed. Make it give the same ones, "
+                "or start a new run."
+            )
+
+
+def _because(source: Source) -> str:
+    reason = source.inexact()
+    return f" ({reason})" if reason else ""
+
+
+def _is_scalar(value: Any) -> bool:
+    return getattr(value, "ndim", 0) == 1 and value.dtype.kind in "fiubV"
+
+
+def _number(value: np.ndarray) -> np.ndarray:
+    """Values as the journal has them: bfloat16 and its like as float32, exactly."""
+    return value.astype(np.float32) if value.dtype.kind == "V" else value
+
+
+def _text(logs: Mapping[str, Any]) -> str:
+    import json
+
+    return json.dumps(_encoded(dict(logs), {}, ""), sort_keys=True)
+
+
+def _encoded(value: Any, arrays: Arrays, name: str) -> Any:
+    """As `encode`; what is not plain data by its text."""
+    try:
+        return encode(dict(value), arrays, name)
+    except NotPlain:
+        return {
+            k: _encoded(v, arrays, f"{name}/{k}")
+            if isinstance(v, Mapping)
+            else _one(v, arrays, f"{name}/{k}")
+            for k, v in value.items()
+        }
+
+
+def _one(value: Any, arrays: Arrays, name: str) -> Any:
+    try:
+        return encode(value, arrays, name)
+    except NotPlain:
+        array = np.asarray(value)
+        numbers = array.dtype.kind in "biuf"
+        return encode(array, arrays, name) if numbers else str(value)

@@ -1,0 +1,217 @@
+"""From a run folder back into a loop: which checkpoint, and whether it can be trusted.
+
+Only what a run folder says about itself is looked at here; whether the code, the data
+and the machine are still the same is the part of changes.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopscope.errors import RunError, UsageError
+from loopscope.run import checkpoint as checkpoints
+from loopscope.run.checkpoint import Checkpoint
+from loopscope.run.folder import Folder
+from loopscope.run.journal import JournalReader
+from loopscope.run.plain import decode
+from loopscope.run.recorder import Past, Recorder
+from loopscope.run.recording import Recording
+from loopscope.standing import Cursor, Standing
+
+if TYPE_CHECKING:
+    from loopscope.loop import Loop
+
+ANYWAY = "anyway"
+
+
+@contextmanager
+def recording(
+    loop: Loop, run: Any, resume: bool | str, epochs: int
+) -> Iterator[Recorder]:
+    """Open a run folder for a training of `loop`, new or to be gone on with.
+
+    Before anything else is prepared: the seed and the gear are the run's.
+
+    Args:
+        loop: What will be trained.
+        run: A path or a `Recording`.
+        resume: Whether to go on with the run that is there; `"anyway"`: whatever has
+            changed since. Where there is none yet, one is begun.
+        epochs: The number at which to stop.
+
+    Raises:
+        RunError: The folder holds a run already, is written by another process, is
+            damaged beyond use, or cannot be written.
+    """
+    if resume not in (True, False, ANYWAY):
+        raise UsageError(
+            f"`resume` must be True, False or {ANYWAY!r}. Received: resume={resume!r}"
+        )
+    how = Recording.of(run)
+    folder = Folder(Path(how.path))
+    if folder.exists and not resume:
+        raise RunError(
+            f"{str(folder.path)!r} holds a run already. Go on with it: `resume=True`, "
+            f"`loopscope resume {folder.path}`; or give this training another folder."
+        )
+    folder.make()
+    lock = folder.lock()
+    lock.acquire()
+    try:
+        past = None
+        if folder.exists:
+            manifest = folder.manifest
+            if not isinstance(run, Recording):
+                how = Recording(how.path, **manifest["recording"])
+            past = find(folder, epochs, anyway=resume == ANYWAY)
+            if past is None:
+                _empty(folder)
+        if past is not None:
+            loop.adopt(past.standing)
+            loop.go_on_from(past.standing)
+        yield Recorder(loop, folder, how, past)
+    finally:
+        loop.go_on_from(None)
+        lock.release()
+        if not folder.exists:  # Refused before anything began: leave no trace.
+            with contextlib.suppress(OSError):
+                folder.lock_path.unlink()
+                folder.checkpoints_path.rmdir()
+                folder.path.rmdir()
+
+
+def find(folder: Folder, epochs: int, *, anyway: bool) -> Past | None:
+    """Where a run can go on: the newest checkpoint that is whole.
+
+    The journal must reach up to it, undamaged; what is damaged is named and passed
+    over. `None`: the run was ended before it had a checkpoint.
+
+    Raises:
+        RunError: There are checkpoints, and none that can be used; or the journal is
+            damaged, and it may not be begun anew.
+    """
+    found, notes = checkpoints.entries(folder.checkpoints_path)
+    if not found and not notes:
+        return None
+    first: int = folder.manifest["first_step"]
+    try:
+        state = _journal(folder, first)
+    except RunError as error:
+        if not anyway:
+            raise RunError(
+                f"{error}. Everything up to the damage could be lost: `--anyway` "
+                "(`resume='anyway'`) keeps it aside and trains again from the first "
+                "checkpoint."
+            ) from error
+        notes.append(f"{error}; begun anew")
+        _put_aside(folder)
+        state = _Journal(first, first, None)
+    if state.damage:
+        notes.append(state.damage)
+    for entry in reversed(found):
+        finished = bool(entry.content["finished"])
+        if finished and not _is_over(entry.content, epochs):
+            continue
+        if entry.step > state.covered:
+            notes.append(
+                f"the journal ends before step {entry.step} of checkpoint {entry.name}"
+            )
+            continue
+        try:
+            read = checkpoints.read(folder.checkpoints_path, entry.name)
+        except RunError as error:
+            notes.append(str(error))
+            continue
+        standing = standing_of(read)
+        if finished:
+            standing = replace(standing, stopped=True)
+        return Past(
+            read,
+            standing,
+            manifest=folder.manifest,
+            recorded=state.recorded,
+            data=state.data,
+            history=[h for h in state.history if h[0] < standing.cursor.epoch],
+            notes=tuple(notes),
+            over=finished,
+            anyway=anyway,
+            move_to=folder.path if "parent" in folder.manifest else None,
+        )
+    raise RunError(
+        f"The run {str(folder.path)!r} has no checkpoint that can be used:"
+        + "".join(f"\n  {note}" for note in notes)
+    )
+
+
+def standing_of(read: Checkpoint) -> Standing:
+    """A checkpoint as a loop takes it."""
+    content, extra = read.content, dict(read.extra)
+    return Standing(
+        step=read.step,
+        cursor=Cursor(**content["cursor"]),
+        seed=content["seed"],
+        gear=content["gear"],
+        test_gear=content["test_gear"],
+        stopped=content["stopped"],
+        state=read.state,
+        meters=decode(content["meters"], extra),
+        logs=decode(content["logs"], extra),
+        passes=[(epoch, steps) for epoch, steps in content["passes"]],
+        tests=content["tests"],
+    )
+
+
+@dataclass(frozen=True)
+class _Journal:
+    covered: int
+    recorded: int
+    data: str | None
+    history: Sequence[tuple[int, Mapping[str, Any]]] = ()
+    damage: str = ""
+
+
+def _journal(folder: Folder, first: int) -> _Journal:
+    """How far the journal can be trusted.
+
+    Raises:
+        RunError: Something in it but the values of steps is damaged.
+    """
+    reader = JournalReader(folder.journal_path, live=False)
+    try:
+        reader.check()
+        covered, recorded = reader.covered(), reader.recorded()
+        damage = ""
+        if covered < recorded:
+            damage = f"the journal is damaged at step {max(first, covered)}"
+        return _Journal(
+            max(first, covered),
+            max(first, recorded),
+            reader.fact("data"),
+            [(e.epoch, decode(e.logs, {})) for e in reader.epochs() if e.logs],
+            damage,
+        )
+    finally:
+        reader.close()
+
+
+def _is_over(content: Any, epochs: int) -> bool:
+    """Whether a finished training has nothing left to do."""
+    return bool(content["stopped"]) or content["cursor"]["epoch"] >= epochs
+
+
+def _put_aside(folder: Folder) -> None:
+    for path in folder.path.glob("journal.sqlite*"):
+        path.replace(path.with_name(path.name.replace("journal", "journal.damaged")))
+
+
+def _empty(folder: Folder) -> None:
+    """Take away what a run has left that never came to its first checkpoint."""
+    for path in folder.path.glob("journal.sqlite*"):
+        path.unlink(missing_ok=True)
+    folder.manifest_path.unlink(missing_ok=True)
+    folder.__dict__.pop("manifest", None)

@@ -1,0 +1,321 @@
+"""The thread that writes a run, so that no step waits for the disk.
+
+Steps and events are queued; a few times a second everything that has come is one
+transaction. A checkpoint is written between two of them: first the journal up to it,
+durably, then its files, then the note that it is there, then older ones may go.
+
+What cannot be written (a full disk, a folder that is gone) ends no training: it is
+tried again, and given up when too much has piled up.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loopscope.errors import RunError
+from loopscope.run import checkpoint as checkpoints
+from loopscope.run.checkpoint import Checkpoint
+from loopscope.run.folder import Folder
+from loopscope.run.journal import JournalWriter, Row, text
+from loopscope.run.keep import Kept, superfluous
+
+FLUSH_S = 0.5
+"""How long a step may wait in memory until it is in the journal."""
+
+BACKLOG_BYTES = 64 * 2**20
+"""So much that could not be written is kept; then recording ends."""
+
+
+@dataclass
+class Batch:
+    """What is to be written in one transaction."""
+
+    scalars: dict[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
+    rows: list[tuple[str, Row]] = field(default_factory=list)
+    size_bytes: int = 0
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many checkpoints stay.
+
+    Attributes:
+        replay_steps: The most steps between two, as long as the disk allows.
+        disk_bytes: The most that all of them may take.
+    """
+
+    replay_steps: int
+    disk_bytes: int
+
+
+class Writer:
+    """Writes a run on a thread of its own.
+
+    Args:
+        folder: The run.
+        journal: Its journal, open for writing.
+        limits: Of checkpoints.
+    """
+
+    def __init__(self, folder: Folder, journal: JournalWriter, limits: Limits) -> None:
+        self._folder, self._journal, self._limits = folder, journal, limits
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._batch = Batch()
+        self._next_event = journal.next_event()
+        self._identity = _inode(folder)
+        self.problems: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """What went wrong, for the thread that trains to say."""
+        self.failed = False
+        """Whether recording has ended for good."""
+        self.saving = 0
+        """Checkpoints that are queued or being written."""
+        self.cost_s = 0.0
+        """What the last checkpoint took."""
+        self.best: str | None = None
+        """The name of the best checkpoint, which stays."""
+        self._said: set[str] = set()
+        found, _ = checkpoints.entries(folder.checkpoints_path)
+        self._kept = [e for e in found if not e.content.get("finished")]
+        self._thread = threading.Thread(
+            target=self._run, name="loopscope-run", daemon=True
+        )
+        self._thread.start()
+
+    # For the thread that trains; none of these waits for the disk.
+
+    def scalars(self, first: int, values: dict[str, np.ndarray]) -> None:
+        """Record the outputs of steps, from step `first` on."""
+        self._queue.put(("scalars", first, values, time.time()))
+
+    def row(self, table: str, *columns: Any) -> None:
+        """Record a row."""
+        self._queue.put(("row", table, columns))
+
+    def event(self, step: int, kind: str, data: Mapping[str, Any]) -> None:
+        """Record that something happened before step `step`."""
+        self._queue.put(("event", step, kind, text(data), time.time()))
+
+    def fact(self, name: str, find: Callable[[], Any]) -> None:
+        """Record what `find` returns; it is called on the writing thread."""
+        self._queue.put(("fact", name, find))
+
+    def save(self, make: Callable[[], Checkpoint], *, best: bool = False) -> None:
+        """Write a checkpoint; `make` is called on the writing thread."""
+        self.saving += 1
+        self._queue.put(("save", make, best))
+
+    def wait(self) -> None:
+        """Wait until everything queued so far is on the disk, or given up."""
+        done = threading.Event()
+        self._queue.put(("done", done))
+        done.wait()
+
+    def close(self, *, tidy: bool) -> None:
+        """Write what is left and end the thread."""
+        self._queue.put(("end",))
+        self._thread.join()
+        self._journal.close(tidy=tidy and not self.failed)
+
+    # The thread.
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            waited = [self._queue.get()]
+            until = time.monotonic() + FLUSH_S
+            while waited[-1][0] in ("scalars", "row", "event", "fact"):
+                try:
+                    waited.append(
+                        self._queue.get(timeout=max(0.0, until - time.monotonic()))
+                    )
+                except queue.Empty:
+                    break
+            for kind, *rest in waited:
+                try:
+                    ended = self._take(kind, rest) or ended
+                except Exception as error:  # Training must go on, whatever it is.
+                    self._say(f"recording failed: {type(error).__name__}: {error}")
+            self._flush()
+
+    def _take(self, kind: str, rest: list[Any]) -> bool:
+        if kind == "save":
+            try:
+                if not self.failed:
+                    self._save(*rest)
+            finally:
+                self.saving -= 1
+        elif kind == "done":
+            self._flush()
+            rest[0].set()
+        elif kind == "end":
+            return True
+        elif not self.failed:
+            self._add(kind, rest)
+        return False
+
+    def _add(self, kind: str, rest: list[Any]) -> None:
+        batch = self._batch
+        if kind == "scalars":
+            first, values, batch.time = rest
+            for name, array in values.items():
+                batch.scalars.setdefault(name, []).append((first, array))
+                batch.size_bytes += array.nbytes + 64
+        elif kind == "event":
+            step, what, data, at = rest
+            batch.rows.append(("events", (self._next_event, step, what, data, at)))
+            self._next_event += 1
+            batch.size_bytes += len(data) + 128
+        elif kind == "fact":
+            name, find = rest
+            batch.rows.append(("facts", (name, json.dumps(find()))))
+        else:
+            table, columns = rest
+            batch.rows.append((table, tuple(columns)))
+            batch.size_bytes += 128 + sum(
+                len(c) for c in columns if isinstance(c, (bytes, str))
+            )
+
+    def _flush(self, *, durable: bool = False) -> bool:
+        """Write what has come; whether it is all there."""
+        batch = self._batch
+        if self.failed:
+            return False
+        if not batch.scalars and not batch.rows and not durable:
+            return True
+        try:
+            if _inode(self._folder) != self._identity:
+                self._give_up(f"the run folder {self._folder.path} is gone")
+                return False
+            with self._journal.transaction(durable=durable):
+                self._journal.put("steps", _step_rows(batch))
+                for table in dict.fromkeys(table for table, _ in batch.rows):
+                    self._journal.put(table, [r for t, r in batch.rows if t == table])
+        except (sqlite3.Error, OSError) as error:
+            if batch.size_bytes > BACKLOG_BYTES:
+                self._give_up(f"the journal cannot be written ({error})")
+            else:
+                self._say(
+                    f"the journal cannot be written ({error}); what happens is kept in "
+                    "memory and written when it can be"
+                )
+            return False
+        self._batch = Batch()
+        return True
+
+    def _save(self, make: Callable[[], Checkpoint], best: bool) -> None:
+        began = time.perf_counter()
+        made = make()
+        # Journal first: a checkpoint whose steps are not recorded would leave a gap.
+        if not self._flush(durable=True):
+            self._say("no checkpoint is written while the journal cannot be")
+            return
+        try:
+            written = checkpoints.write(self._folder.checkpoints_path, made)
+        except (OSError, RunError) as error:
+            self._say(
+                f"the checkpoint before step {made.step} could not be written "
+                f"({error}); the ones before it stay, and it is tried again later"
+            )
+            return
+        cursor = made.content["cursor"]
+        self._batch.rows.append(
+            (
+                "checkpoints",
+                (
+                    made.name,
+                    made.step,
+                    cursor["epoch"],
+                    cursor["index"],
+                    written.size_bytes,
+                    written.sha256,
+                    made.state_sha256,
+                    1,
+                    time.time(),
+                ),
+            )
+        )
+        if best:
+            self.best = made.name
+        if not made.content.get("finished"):
+            self._kept.append(checkpoints.entry_of(made, written))
+            self._kept.sort(key=lambda e: (e.step, e.turn))
+        if self._flush(durable=True):
+            self._thin()
+        self.cost_s = time.perf_counter() - began
+
+    def _thin(self) -> None:
+        """Let go of checkpoints that are not needed."""
+        gone = superfluous(
+            [Kept(e.name, e.step, e.size_bytes, e.pinned) for e in self._kept],
+            replay_steps=self._limits.replay_steps,
+            disk_bytes=self._limits.disk_bytes,
+            always=[self.best] if self.best else [],
+        )
+        for e in [e for e in self._kept if e.name in gone]:
+            self._kept.remove(e)
+            checkpoints.remove(self._folder.checkpoints_path, e.name)
+            cursor = e.content["cursor"]
+            place = (e.step, cursor["epoch"], cursor["index"])
+            self._batch.rows.append(
+                (
+                    "checkpoints",
+                    (
+                        e.name,
+                        *place,
+                        e.size_bytes,
+                        e.sha256,
+                        e.state_sha256,
+                        0,
+                        time.time(),
+                    ),
+                )
+            )
+
+    def _give_up(self, why: str) -> None:
+        self.failed = True
+        self._batch = Batch()
+        self._say(f"{why}; recording ends here, training goes on")
+
+    def _say(self, problem: str) -> None:
+        kind = problem.partition("(")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            self.problems.put(problem)
+
+
+def _inode(folder: Folder) -> int | None:
+    try:
+        return folder.manifest_path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _step_rows(batch: Batch) -> list[Row]:
+    """Rows of the journal: as few as the steps' order and dtypes allow."""
+    rows: list[Row] = []
+    for name, parts in batch.scalars.items():
+        first, arrays, end = parts[0][0], [parts[0][1]], parts[0][0] + len(parts[0][1])
+        for at, array in parts[1:]:
+            if at != end or array.dtype != arrays[0].dtype:
+                rows.append(_step_row(first, name, arrays, batch.time))
+                first, arrays = at, []
+            arrays.append(array)
+            end = at + len(array)
+        rows.append(_step_row(first, name, arrays, batch.time))
+    return rows
+
+
+def _step_row(first: int, name: str, arrays: list[np.ndarray], at: float) -> Row:
+    joined = np.concatenate(arrays)
+    joined = joined.astype(joined.dtype.newbyteorder("<"), copy=False)
+    return first, name, len(joined), joined.dtype.str, joined.tobytes(), at

@@ -1,0 +1,232 @@
+"""A recorded run, to be looked at and gone back into."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopscope.errors import RunError
+from loopscope.experiment import Experiment, load
+from loopscope.replay import Replayer, Rewound, Segment
+from loopscope.run import reading
+from loopscope.run.branch import branch
+from loopscope.run.folder import Folder
+from loopscope.run.identity import Difference
+
+
+class Run:
+    """A run folder, opened with `open_run`. Nothing here changes it.
+
+    Args:
+        folder: Where it lies.
+        experiment: What was recorded; `None`: made again as the run says.
+    """
+
+    def __init__(self, folder: Folder, experiment: Experiment | None) -> None:
+        self._folder, self._given = folder, experiment
+        self._replayer: Replayer | None = None
+        self.path = folder.path
+        self.manifest: Mapping[str, Any] = folder.manifest
+        """What run.json says: docs/run-format.md."""
+
+    @property
+    def summary(self) -> reading.Summary:
+        """What it is and how far it has come."""
+        return reading.summary(self._folder)
+
+    @property
+    def steps(self) -> dict[str, np.ndarray]:
+        """Every step's outputs: `"step"` and an array a name, of shape `(steps,)`."""
+        return reading.steps(self._folder)
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """Every epoch that is over: epoch, first_step, steps, seconds, metrics."""
+        return reading.epochs(self._folder)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened: id, step, kind, time (seconds since 1970), and more."""
+        with reading.journal(self._folder) as journal:
+            return journal.events()
+
+    def curve(
+        self, name: str = "loss", points: int = 1000
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """A step's output in at most `points` points: step, mean, least, greatest."""
+        return reading.curve(self._folder, name, points)
+
+    def rewind(self, step: int) -> Rewound:
+        """Run a past step again, from the nearest checkpoint before it.
+
+        The first call makes the experiment and compiles its step (seconds); each one
+        restores a checkpoint and runs at most as many steps as lie between two. Does
+        not change the run. Whether the bits are the recorded ones is in the result.
+
+        Args:
+            step: Its global number, counted from 0.
+
+        Raises:
+            UsageError: The run has no such step.
+            RunError: It cannot be replayed, or the experiment cannot be made.
+        """
+        return self._replay().rewind(step)
+
+    def verify(
+        self, *, whole: bool = False, progress: Callable[[Segment], None] | None = None
+    ) -> Verification:
+        """Replay three stretches between checkpoints, or all; compare every bit.
+
+        Args:
+            whole: All of them: takes about as long as the training did.
+            progress: Told each stretch when it is done.
+        """
+        replayer, segments = self._replay(), []
+        for segment in replayer.verify(whole=whole):
+            segments.append(segment)
+            if progress is not None:
+                progress(segment)
+        return Verification(tuple(segments), tuple(replayer.differences))
+
+    def branch(
+        self,
+        step: int,
+        path: str | os.PathLike[str],
+        *,
+        learning_rate: float | None = None,
+        gear: str | None = None,
+    ) -> None:
+        """Make a new run that shares this one's past up to a step.
+
+        Train it with `fit(..., run=path, resume=True)` or `loopscope resume PATH`: up
+        to the step it repeats this run, then it goes on with what was changed.
+
+        Args:
+            step: The first step that is not this run's.
+            path: Of the new run folder.
+            learning_rate: From this step on.
+            gear: From this step on.
+
+        Raises:
+            UsageError: The run has no such step.
+            RunError: There is a run at `path`, or no checkpoint before the step.
+        """
+        branch(
+            self._folder,
+            Folder(Path(path)),
+            step,
+            learning_rate=learning_rate,
+            gear=gear,
+        )
+
+    def close(self) -> None:
+        """Let go of the experiment's data."""
+        if self._replayer is not None:
+            self._replayer.close()
+            self._replayer = None
+
+    def _replay(self) -> Replayer:
+        used_up = self._replayer is not None and not self._replayer.reusable
+        if used_up and self._given is None:
+            self.close()  # A new experiment reads its data from the start.
+        if self._replayer is None:
+            experiment = self._given or experiment_of(self._folder)
+            self._replayer = Replayer(self._folder, experiment)
+        return self._replayer
+
+
+class Verification:
+    """What a replay of stretches of a run has found.
+
+    Attributes:
+        segments: Each stretch.
+        differences: What is not as it was when the run was recorded.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], differences: Sequence[Difference]
+    ) -> None:
+        self.segments, self.differences = segments, differences
+
+    @property
+    def verified(self) -> bool:
+        """Whether every bit that was compared is the recorded one."""
+        return all(segment.verified for segment in self.segments)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        from dataclasses import asdict
+
+        apart = [s.first_difference for s in self.segments if s.first_difference]
+        return {
+            "verified": self.verified,
+            "same_identity": not self.differences,
+            "differences": [d.as_dict() for d in self.differences],
+            "steps": sum(s.stop - s.first for s in self.segments),
+            "largest_relative_difference": max(
+                (s.largest_relative_difference for s in self.segments), default=0.0
+            ),
+            "first_difference": asdict(apart[0]) if apart else None,
+            "segments": [{**asdict(s), "verified": s.verified} for s in self.segments],
+        }
+
+
+def open_run(
+    path: str | os.PathLike[str], *, experiment: Experiment | None = None
+) -> Run:
+    """Open a recorded run, live or finished.
+
+    Example:
+        ```python
+        run = loopscope.open_run("runs/mnist")
+        print(run.steps["loss"][-1], run.rewind(1234).learning_rate)
+        ```
+
+    Args:
+        path: The run folder.
+        experiment: The loop and data that were recorded, for a run that was begun by
+            `fit` in a script; others say themselves how they are made.
+
+    Raises:
+        RunError: There is no run, or it is damaged.
+    """
+    return Run(Folder(Path(path)), experiment)
+
+
+def experiment_of(folder: Folder) -> Experiment:
+    """Make the experiment of a run again, as its manifest says.
+
+    Raises:
+        RunError: It was begun by a script, not by name; or its code lies in the folder.
+        ExperimentError: It cannot be made.
+    """
+    origin = folder.manifest["origin"]
+    if not origin.get("experiment"):
+        script = " ".join(folder.manifest["script"])
+        raise RunError(
+            f"The run {str(folder.path)!r} was begun by `fit` in a script ({script}), "
+            "so it cannot be made again by name. To go on, run the script with "
+            "`fit(..., run=..., resume=True)`; to look into it, give "
+            "`open_run(path, experiment=loopscope.Experiment(loop, x=..., ...))`."
+        )
+    name = origin["function"]
+    file = Path(name.rpartition(":")[0])
+    if file.suffix == ".py" and folder.path.resolve() in file.resolve().parents:
+        raise RunError(
+            f"The run {str(folder.path)!r} names code inside of its own folder "
+            f"({file}). Nothing in a run folder is executed; keep code elsewhere."
+        )
+    place = folder.manifest["working_folder"]
+    if place not in sys.path and Path(place).is_dir():
+        sys.path.append(place)
+    experiment = load(name, seed=origin["seed"], options=origin.get("options"))
+    experiment.loop.origin = origin
+    experiment.arguments.update(origin.get("arguments", {}))
+    if origin.get("gear"):
+        experiment.loop.gear = origin["gear"]
+    return experiment
