@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What one target starts may run side by side; targets do not.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow compatibility check format bench clean
+.PHONY: help demo test test-slow crash-test compatibility check format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ test-slow: $(DEV) ## run the slow tests that `test` leaves out
 	@$(call PYTEST,tensorflow) -m "slow" || [ $$? -eq 5 ]
 	@echo "== slow tests on JAX"
 	@$(call PYTEST,jax) -m "slow and not once" || [ $$? -eq 5 ]
+
+crash-test: $(DEV) ## kill trainings 200 times, go on, compare how they end (an hour)
+	@$(BIN)/python tests/crash/run.py --kills 200
 
 # docs/compatibility.md lists what the tests beside Keras have compared.
 compatibility: $(DEV) ## compare with Keras's fit, and write docs/compatibility.md

@@ -4,7 +4,10 @@ A builder returns `(make, data)`: `make(gear, **options)` gives a new `Loop` aro
 new model, and `data` are the `x` and `y` of `fit`, one batch of them.
 """
 
+import contextlib
 import inspect
+import re
+import warnings
 
 import keras
 import numpy as np
@@ -47,6 +50,16 @@ def numbers(*shape, seed=1):
 
 def classes(rows, count, seed=2):
     return np.random.default_rng(seed).integers(0, count, rows).astype("int32")
+
+
+@contextlib.contextmanager
+def warned(match):
+    """A warning that matches has to come; others, such as Keras's own, may."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    found = [str(w.message) for w in caught]
+    assert any(re.search(match, message) for message in found), found
 
 
 def blobs(rows=64, features=4, count=3, seed=3):
@@ -114,6 +127,21 @@ def all_kinds_model():
 
 def all_kinds_loop(gear=FUSED, **options):
     return small_loop(gear, model=all_kinds_model(), **options)
+
+
+def mixed_loop(gear=FUSED, **options):
+    """BatchNorm and Dropout, where convolutions would be too slow to compile."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(8),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Dropout(0.3),
+            layers.Dense(3),
+        ]
+    )
+    return small_loop(gear, model=model, **options)
 
 
 def tutorial_mlp():

@@ -151,6 +151,8 @@ class Loop:
         self.function: Callable[..., Any] | None = None
         """The function of the experiment that made it."""
         self._save: Callable[[], None] | None = None
+        self._specs: dict[Phase, tuple[Any, ...]] = {}
+        """Of the batches that each phase was last prepared for."""
         self._meters: Meters | None = None
         """Of the epoch that is open."""
         self._logs: Mapping[str, Any] = {}
@@ -476,6 +478,7 @@ class Loop:
             meters=self._meters.memory() if self._meters is not None else {},
             logs=self._logs,
             passes=tuple(self._passes),
+            specs={str(phase): specs for phase, specs in self._specs.items()},
             tests=self._tests,
         )
 
@@ -491,8 +494,8 @@ class Loop:
             ("_gear", standing.gear),
             ("_test_gear", standing.test_gear),
         ):
-            if value is not None:
-                setattr(self, name, GEARS[value])
+            if value is not None or self._auto:
+                setattr(self, name, GEARS.get(value or ""))
 
     def adopt(self, standing: Standing) -> None:
         """Take the seed of another training, and its gear if none was asked for."""
@@ -523,8 +526,19 @@ class Loop:
         with contextlib.suppress(Exception):
             self._runner.trace(phase, source.specs)
 
+    def _build(self, phase: Phase, specs: tuple[Any, ...]) -> None:
+        """Make the variables of a phase's step before there are data for it."""
+        self._stage(phase)
+        if not self._runner.stages[phase].own:
+            checks.build(self.model, specs, phase)
+        with contextlib.suppress(Exception):
+            self._runner.trace(phase, specs)
+
     def _go_on(self, start: Standing) -> None:
         """Stand where another training stood; those who listen may set theirs."""
+        for phase in PHASES:
+            if phase in start.specs and phase not in self._specs:
+                self._build(phase, start.specs[phase])
         self.stand(start)
         self._cursor, self._logs = start.cursor, start.logs
         self._passes, self._tests = list(start.passes), start.tests
@@ -700,6 +714,7 @@ class Loop:
             gear = self._trace(phase, source, gear)
         if gear is None and phase == "train":
             gear = self._choose(source, epochs_left)
+        self._specs[phase] = source.specs
         return gear or self.backend.gears[0]
 
     def _trace(self, phase: Phase, source: Source, gear: Gear | None) -> Gear | None:

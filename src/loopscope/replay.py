@@ -25,6 +25,7 @@ from loopscope.run.identity import CAUSES, Difference
 from loopscope.run.journal import EpochRow, JournalReader
 from loopscope.run.resume import standing_of
 from loopscope.run.watch import BARRIER, value_of
+from loopscope.standing import Cursor
 from loopscope.state import sha256
 
 UNKNOWN = (
@@ -186,6 +187,7 @@ class Replayer:
         loop.prepare("train", self._source)
         loop.settle("train", self._source)
         self._initial = loop.standing()
+        self._lent = replace(self._lent, state=self._initial.state)
         self._used = False
         live = folder.writer() is not None
         journal = JournalReader(folder.journal_path, live=live)
@@ -202,6 +204,7 @@ class Replayer:
         """Let go of the data; the loop is as it was lent."""
         self._held.close()
         self._loop.stand(self._lent)
+        self._loop.seed = self._lent.seed
 
     @property
     def reusable(self) -> bool:
@@ -332,7 +335,13 @@ class Replayer:
 
     def _chunks(self, run: _Run, standing: Any, stop: int) -> Iterator[ChunkEnd]:
         loop = self._loop
-        loop.begin_at(standing)
+        row = run.epoch_of(standing.step)
+        # A checkpoint at the end of an epoch stands at the beginning of the next one.
+        cursor = Cursor(row.epoch, standing.step - row.first_step, begun=True)
+        passes = [
+            (r.epoch, r.steps) for r in run.epochs if r.first_step < row.first_step
+        ]
+        loop.begin_at(replace(standing, cursor=cursor, passes=passes))
         while loop.step < stop:
             row = run.epoch_of(loop.step)
             yield from loop.run_pass(

@@ -43,6 +43,7 @@ class Standing:
         meters: What the metrics of the open epoch keep outside of variables.
         logs: The metrics of the last epoch that is over.
         passes: Steps of each epoch before this one, by its number.
+        specs: Of the batches that each phase's step was made for.
         tests: How many passes over validation data there were.
     """
 
@@ -56,4 +57,5 @@ class Standing:
     meters: Mapping[str, Any] = field(default_factory=dict)
     logs: Mapping[str, Any] = field(default_factory=dict)
     passes: Sequence[tuple[int, int]] = ()
+    specs: Mapping[str, Any] = field(default_factory=dict)
     tests: int = 0

@@ -81,6 +81,11 @@ class Numbered(Adapted):
         dataset: Any = self._iterate(self._adapter)
         return iter(dataset[start:])
 
+    def first(self) -> Any:
+        """The first batch, and no other: an iterator would read ahead."""
+        dataset: Any = self._iterate(self._adapter)
+        return dataset[0]
+
 
 class Plain:
     """Any iterable of batches, with nobody to tell of epochs."""

@@ -332,7 +332,7 @@ class StreamSource:
     @property
     def repeats(self) -> bool:
         """Whether all passes are alike, so that any can be had again."""
-        return is_pure(self._given) and self._asked is None
+        return self._asked is None and (self.jumps or is_pure(self._given))
 
     def inexact(self) -> str | None:
         """Why the same batches cannot be had again in another process, if so."""
@@ -344,8 +344,8 @@ class StreamSource:
         Whatever the iterable remembers from one pass to the next (an order that is
         shuffled again, a generator's place) is then as it was.
         """
-        if self.jumps or is_pure(self._given):
-            return  # Every pass is like the first.
+        if self.repeats:
+            return  # Every pass is like the first, and begins at its start.
         for epoch, steps in passes:
             data = self.open(epoch)
             try:
@@ -370,7 +370,7 @@ class StreamSource:
         """The epoch's data: from the start, or from where the last epoch stopped."""
         starting_at = getattr(self._batches, "starting_at", None)
         if start and self.jumps and starting_at is not None:
-            first = next(iter(self._batches))
+            first = self._batches.first()  # type: ignore[attr-defined]
             self._stop()
             self._start(
                 math.inf,
@@ -379,7 +379,7 @@ class StreamSource:
             )
             assert self._open is not None
             self._taken = start
-            return _EpochOfStream(self._open, self)
+            return _EpochOfStream(self._open, self, start)
         data = self._opened()
         _drop(data, start)
         return data
@@ -470,9 +470,11 @@ class StreamSource:
 class _EpochOfStream:
     """An epoch of a stream: a pass, or the part of one."""
 
-    def __init__(self, current: StreamPass, source: StreamSource) -> None:
+    def __init__(
+        self, current: StreamPass, source: StreamSource, start: int = 0
+    ) -> None:
         self._pass, self._source = current, source
-        self._steps = 0
+        self._steps = start
         self._ended = False
 
     def take(self, limit: int) -> Segment | None:

@@ -69,11 +69,13 @@ class Folder:
             RunError: It cannot be made or written, or holds something else.
         """
         try:
-            self.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             ours = {"run.json", "journal.sqlite", "checkpoints", "lock"}
             names = {n for n in os.listdir(self.path) if not n.startswith("journal.")}
             foreign = {n for n in names if not n.endswith(files.TEMPORARY)} - ours
-            if foreign and not self.exists:
+            if not foreign or self.exists:
+                self.checkpoints_path.mkdir(exist_ok=True)
+            else:
                 raise RunError(
                     f"{str(self.path)!r} is not a run and not empty: it holds "
                     f"{sorted(foreign)[0]!r}. Give the run a folder of its own."

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loopscope.errors import RunError
 from loopscope.run.plain import Arrays, NotPlain, decode, encode
 
@@ -24,7 +26,7 @@ def capture(callbacks: Sequence[Any], arrays: Arrays) -> list[dict[str, Any]]:
 
 
 def _of(callback: Any, arrays: Arrays, name: str) -> dict[str, Any]:
-    attributes, left_out = {}, []
+    attributes, operations, left_out = {}, {}, []
     for key, value in vars(callback).items():
         if key in _NEVER:
             continue
@@ -32,12 +34,17 @@ def _of(callback: Any, arrays: Arrays, name: str) -> dict[str, Any]:
         try:
             attributes[key] = encode(value, found, f"{name}/{key}")
         except NotPlain:
-            left_out.append(key)
+            operation = _operation_name(value)
+            if operation is None:
+                left_out.append(key)
+            else:
+                operations[key] = operation
         else:
             arrays.update(found)
     memory: dict[str, Any] = {
         "kind": kind_of(callback),
         "attributes": attributes,
+        "operations": operations,
         "left_out": sorted(left_out),
     }
     place = _place_in_file(callback)
@@ -103,6 +110,37 @@ def restore(
         for key, value in memory["attributes"].items():
             if key not in kept:
                 setattr(callback, key, decode(value, arrays))
+        for key, name in memory["operations"].items():
+            setattr(callback, key, _operation(name))
+
+
+def _operation_name(value: Any) -> str | None:
+    """The name of one of Keras's or NumPy's comparisons, with which others count.
+
+    `EarlyStopping` and its like choose theirs while they train, and change their
+    `min_delta` for it.
+    """
+    import keras
+
+    for place, home in _HOMES.items():
+        for name in _COMPARISONS:
+            if value is getattr(keras.ops if home is None else home, name):
+                return f"{place}.{name}"
+    return None
+
+
+def _operation(name: str) -> Any:
+    import keras
+
+    place, _, comparison = name.rpartition(".")
+    if place not in _HOMES or comparison not in _COMPARISONS:
+        raise RunError(f"A callback is said to compare by {name!r}, which is unknown")
+    home = _HOMES[place]
+    return getattr(keras.ops if home is None else home, comparison)
+
+
+_HOMES = {"keras.ops": None, "numpy": np}
+_COMPARISONS = ("less", "less_equal", "greater", "greater_equal")
 
 
 def fill_history(

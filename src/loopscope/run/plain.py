@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from loopscope.data.feed import Spec
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -52,6 +54,21 @@ def encode(value: Any, arrays: Arrays, name: str) -> Any:
     raise NotPlain(f"{name}: {kind.__name__}")
 
 
+def encode_specs(specs: Any) -> Any:
+    """Specs of a batch as JSON; `None` where only a framework can say what they are."""
+    if isinstance(specs, Spec):
+        return {"$spec": [list(specs.shape), specs.dtype]}
+    if isinstance(specs, dict):
+        parts = {k: encode_specs(v) for k, v in specs.items()}
+        return None if None in parts.values() else parts
+    if isinstance(specs, (list, tuple)):
+        listed = [encode_specs(part) for part in specs]
+        if None in listed:
+            return None
+        return listed if isinstance(specs, list) else {"$tuple": listed}
+    return None
+
+
 def decode(document: Any, arrays: Arrays) -> Any:
     """The value that `encode` was given.
 
@@ -72,6 +89,9 @@ def decode(document: Any, arrays: Arrays) -> Any:
         return float(content)
     if tag == "$bytes":
         return bytes.fromhex(content)
+    if tag == "$spec":
+        shape, dtype = content
+        return Spec(tuple(shape), dtype)
     if tag == "$number":
         dtype, hexadecimal = content
         return np.frombuffer(bytes.fromhex(hexadecimal), dtype)[0]

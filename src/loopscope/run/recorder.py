@@ -35,14 +35,22 @@ from loopscope.events import (
     Resumed,
     TrainEnd,
 )
-from loopscope.run import about, changes, checkpoint, identity, memory, signals
+from loopscope.run import (
+    about,
+    changes,
+    checkpoint,
+    identity,
+    memory,
+    plain,
+    signals,
+)
 from loopscope.run.checkpoint import Checkpoint
 from loopscope.run.folder import Folder
 from loopscope.run.journal import JournalWriter
 from loopscope.run.plain import Arrays, NotPlain, encode
 from loopscope.run.recording import Recording
 from loopscope.run.watch import BARRIER, writes
-from loopscope.run.writer import Limits, Writer
+from loopscope.run.writer import PATIENCE_S, Limits, Writer
 from loopscope.standing import Standing
 from loopscope.state import sha256
 
@@ -330,7 +338,8 @@ class Recorder:
         elapsed_s = time.monotonic() - self._saved_s
         due = self._loop.step - self._saved_step >= self._how.replay_steps
         late = elapsed_s >= max(self._how.every_s, self._writer.cost_s / COST)
-        if self._asked or ((due or late) and not self._writer.saving):
+        if self._asked or due or (late and not self._writer.saving):
+            self._make_room()
             self._save()
         self._leave_if_told(None)
 
@@ -407,6 +416,18 @@ class Recorder:
     def _save(self, standing: Standing | None = None, *, pinned: bool = False) -> None:
         self._put(self._capture(standing, pinned=pinned))
 
+    def _make_room(self) -> None:
+        """Wait where the disk is slower than checkpoints have to be made.
+
+        At most two states are kept in memory to be written. A disk that hangs holds
+        training up once for each checkpoint, and no longer than `PATIENCE_S`.
+        """
+        until = time.monotonic() + PATIENCE_S
+        while self._writer is not None and self._writer.saving > 1:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.001)
+
     def _put(self, made: Callable[[], Checkpoint], *, best: bool = False) -> None:
         assert self._writer is not None
         if self._best_waits is not None and not best:
@@ -438,6 +459,11 @@ class Recorder:
             "stopped": at.stopped,
             "passes": [list(p) for p in at.passes],
             "tests": at.tests,
+            "specs": {
+                phase: plain.encode_specs(specs)
+                for phase, specs in at.specs.items()
+                if phase != "predict"
+            },
             "meters": _encoded(at.meters, extra, "meters"),
             "logs": _encoded(at.logs, extra, "logs"),
             "callbacks": memory.capture(self._callbacks, extra),

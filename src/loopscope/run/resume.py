@@ -162,6 +162,11 @@ def standing_of(read: Checkpoint) -> Standing:
         meters=decode(content["meters"], extra),
         logs=decode(content["logs"], extra),
         passes=[(epoch, steps) for epoch, steps in content["passes"]],
+        specs={
+            phase: decode(specs, {})
+            for phase, specs in content["specs"].items()
+            if specs is not None
+        },
         tests=content["tests"],
     )
 

@@ -28,6 +28,9 @@ from loopscope.run.folder import Folder
 from loopscope.run.journal import JournalWriter, Row, text
 from loopscope.run.keep import Kept, superfluous
 
+PATIENCE_S = 10.0
+"""How long training waits for a checkpoint that must not be left out."""
+
 FLUSH_S = 0.5
 """How long a step may wait in memory until it is in the journal."""
 
@@ -77,8 +80,7 @@ class Writer:
         """What went wrong, for the thread that trains to say."""
         self.failed = False
         """Whether recording has ended for good."""
-        self.saving = 0
-        """Checkpoints that are queued or being written."""
+        self._queued = self._saved = 0
         self.cost_s = 0.0
         """What the last checkpoint took."""
         self.best: str | None = None
@@ -111,8 +113,13 @@ class Writer:
 
     def save(self, make: Callable[[], Checkpoint], *, best: bool = False) -> None:
         """Write a checkpoint; `make` is called on the writing thread."""
-        self.saving += 1
+        self._queued += 1
         self._queue.put(("save", make, best))
+
+    @property
+    def saving(self) -> int:
+        """Checkpoints that are queued or being written; their states are kept."""
+        return self._queued - self._saved
 
     def wait(self) -> None:
         """Wait until everything queued so far is on the disk, or given up."""
@@ -153,7 +160,7 @@ class Writer:
                 if not self.failed:
                     self._save(*rest)
             finally:
-                self.saving -= 1
+                self._saved += 1
         elif kind == "done":
             self._flush()
             rest[0].set()
