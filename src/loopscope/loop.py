@@ -138,6 +138,10 @@ class Loop:
         self._cursor = Cursor()
         self._passes: list[tuple[int, int]] = []
         """Steps of each epoch that this training has been through, by number."""
+        self.left = False
+        """Whether an outer loop of the user's own was left before its end."""
+        self.choice: GearChosen | None = None
+        """How `auto` has chosen, if it has."""
         self._epochs = 0
         """The number at which training ends."""
         self._tests = 0
@@ -386,7 +390,7 @@ class Loop:
         """`epochs`, where what hears of the beginning may move the first epoch."""
         self._stopped.discard("train")
         self._failed = False
-        self._logs, self._passes, self._tests = {}, [], 0
+        self._logs, self._passes, self._tests, self.left = {}, [], 0, False
         start, self._from, self._epochs = self._from, None, epochs
         try:
             self._emit(TrainBegin(epochs))
@@ -407,6 +411,9 @@ class Loop:
                     start = None
                 try:
                     yield epoch
+                except GeneratorExit:
+                    self.left = True
+                    raise
                 finally:
                     self._logs = epoch.close()
                     if not self._failed:
@@ -749,9 +756,10 @@ class Loop:
         steps = None if source.steps is None else source.steps * epochs_left
         choice = choose(self._runner, source, steps=steps, cache=self._cache)
         self._gear, self._test_gear = choice.train, choice.test
-        self._emit(
-            GearChosen(choice.train.name, choice.reason, choice.wall_s, choice.step_s)
+        self.choice = GearChosen(
+            choice.train.name, choice.reason, choice.wall_s, choice.step_s
         )
+        self._emit(self.choice)
         return choice.train
 
     def compare(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.errors import RunError
-from loopscope.experiment import Experiment, load
+from loopscope.experiment import BUILT_IN, Experiment, load
 from loopscope.replay import Replayer, Rewound, Segment
 from loopscope.run import reading
 from loopscope.run.branch import branch
@@ -224,7 +224,11 @@ def experiment_of(folder: Folder) -> Experiment:
     place = folder.manifest["working_folder"]
     if place not in sys.path and Path(place).is_dir():
         sys.path.append(place)
-    experiment = load(name, seed=origin["seed"], options=origin.get("options"))
+    # A manifest may name a function, not what to call it with: options are for the
+    # built-in ones, whose arguments do nothing but choose.
+    built_in = name in BUILT_IN.values()
+    options = origin.get("options") if built_in else None
+    experiment = load(name, seed=origin["seed"], options=options)
     experiment.loop.origin = origin
     experiment.arguments.update(origin.get("arguments", {}))
     if origin.get("gear"):

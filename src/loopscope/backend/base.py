@@ -9,6 +9,7 @@ A new backend is one file that passes tests/test_backend_contract.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -211,6 +212,13 @@ def cut(
     return tuple(batch)
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def no_gradient(variables: Sequence[Any]) -> str:
     """The error text for a loss that none of these variables reaches."""
     trainable = {id(v): v for v in variables if v.trainable}.values()
@@ -224,4 +232,14 @@ def no_gradient(variables: Sequence[Any]) -> str:
     )
 
 
-__all__ = ["Backend", "Feed", "Program", "Spec", "Step", "Trace", "cut", "no_gradient"]
+__all__ = [
+    "Backend",
+    "Feed",
+    "Program",
+    "Spec",
+    "Step",
+    "Trace",
+    "cores",
+    "cut",
+    "no_gradient",
+]

@@ -8,7 +8,6 @@ the state as it was.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import keras
 import numpy as np
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
-from loopscope.backend.base import Program, Step, Trace, Tree, cut, no_gradient
+from loopscope.backend.base import Program, Step, Trace, Tree, cores, cut, no_gradient
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
@@ -38,7 +37,7 @@ class JaxBackend:
         return str(jax.devices()[0].device_kind)
 
     def threads(self) -> dict[str, int]:
-        return {"cores": len(os.sched_getaffinity(0))}
+        return {"cores": cores()}
 
     def flags(self) -> dict[str, str]:
         return {

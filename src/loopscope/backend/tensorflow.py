@@ -8,7 +8,6 @@ again for every new (start, stop) under XLA.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ import tensorflow as tf
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
-from loopscope.backend.base import Program, Step, Trace, Tree, cut, no_gradient
+from loopscope.backend.base import Program, Step, Trace, Tree, cores, cut, no_gradient
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GRAPH, XLA, Gear
@@ -39,9 +38,8 @@ class TensorFlowBackend:
         return "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
 
     def threads(self) -> dict[str, int]:
-        cores = len(os.sched_getaffinity(0))
         return {
-            "cores": cores,
+            "cores": cores(),
             "intra_op": tf.config.threading.get_intra_op_parallelism_threads(),
             "inter_op": tf.config.threading.get_inter_op_parallelism_threads(),
         }
@@ -118,7 +116,7 @@ class TensorFlowBackend:
         if not all(isinstance(v, tf.Tensor) and "CPU" in v.device for v in (a, b)):
             return False
         # Both are alive, so one address is one buffer.
-        return bool(np.asarray(a).ctypes.data == np.asarray(b).ctypes.data)
+        return _address(a) == _address(b)
 
     def trace(
         self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
@@ -166,6 +164,11 @@ class TensorFlowBackend:
         if all(grad is None for grad in grads):
             raise StepError(no_gradient(variables))
         return value, list(grads)
+
+
+def _address(tensor: tf.Tensor) -> int:
+    address: int = np.asarray(tensor).__array_interface__["data"][0]
+    return address
 
 
 def _joined(value: Any) -> Any:

@@ -29,7 +29,12 @@ def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None
             )
         elif isinstance(event, Resumed):
             began_at = event.step
-            out.print(f"goes on at step {event.step}, epoch {event.epoch + 1}/{total}")
+            if event.epoch < total:
+                out.print(
+                    f"goes on at step {event.step}, epoch {event.epoch + 1}/{total}"
+                )
+            else:
+                out.print(f"all {total} epochs are trained; nothing is left to do")
 
     line = ProgressLine()
     if not as_json:

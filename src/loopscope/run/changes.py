@@ -23,6 +23,7 @@ def since(
     data: str | None,
     gear: str | None,
     callbacks: Sequence[Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[Difference]:
     """Every difference that can change bits, the likeliest to first.
 
@@ -33,6 +34,7 @@ def since(
         data: Their fingerprint, as the run's journal has it.
         gear: The gear that the run used.
         callbacks: Those of now; `None` where they have no part in what comes.
+        arguments: Of `fit`; `None` where they have no part in what comes.
     """
     was = {**manifest["identity"], "gear": gear, "source": _kind(manifest["source"])}
     now = {
@@ -40,9 +42,12 @@ def since(
         "gear": loop.gear.name if loop.gear is not None else gear,
         "source": _kind(about.described(source)),
     }
-    if source is None:
+    if source is None or manifest["source"] is None:
         was.pop("source")
         now.pop("source")
+    if arguments is not None and manifest["callbacks"] is not None:
+        was["arguments"] = _of_data(manifest["arguments"])
+        now["arguments"] = _of_data(about.readable(arguments))
     if data is not None and isinstance(source, ArraySource):
         was["data"], now["data"] = data, identity.data_fingerprint(source.arrays)
     if callbacks is not None and manifest["callbacks"] is not None:
@@ -64,6 +69,11 @@ def refuse(differences: Sequence[Difference], path: Any) -> None:
             f"change bits:{lines}\nNothing was changed. Go back to them, or go on all "
             "the same: `loopscope resume --anyway`, `fit(..., resume='anyway')`."
         )
+
+
+def _of_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `fit` that say which batches there are, and when."""
+    return {k: v for k, v in arguments.items() if k != "epochs"}
 
 
 def _kind(described: Mapping[str, Any] | None) -> Any:

@@ -23,9 +23,10 @@ import numpy as np
 from loopscope.backend.base import Backend
 
 WHOLE_BYTES = 2**30
-"""Arrays up to this size are hashed whole, of larger ones some rows."""
+"""Arrays up to this size count with every bit, larger ones with some rows."""
 
-SAMPLED_ROWS = 4096
+SAMPLED_ROWS = 1024
+BLOCK_BYTES = 4096
 
 FLAGS = (
     "TF_ENABLE_ONEDNN_OPTS",
@@ -43,6 +44,7 @@ FLAGS = (
 CAUSES = (
     ("code", "the code of the experiment has changed"),
     ("data", "the data are not the same"),
+    ("arguments", "`fit` was called with other arguments"),
     ("model", "the model is not the same"),
     ("training", "the optimizer, the loss or the metrics are not the same"),
     ("callbacks", "the callbacks are not the same"),
@@ -210,9 +212,9 @@ def code_of(*functions: Callable[..., Any]) -> dict[str, str]:
 
 
 def data_fingerprint(arrays: Any) -> str:
-    """A SHA-256 over arrays: whole up to 1 GiB, else of rows spread evenly.
+    """A SHA-256 over what arrays hold: rows spread evenly, and the sum of each 4 KiB.
 
-    Costs about 0.6 s a GiB.
+    Above 1 GiB the rows alone. Costs about 0.1 s a GiB.
     """
     import keras
 
@@ -222,13 +224,26 @@ def data_fingerprint(arrays: Any) -> str:
         name = str(getattr(leaf.dtype, "name", leaf.dtype))
         total.update(f"{path} {name} {tuple(leaf.shape)}".encode())
         itemsize = getattr(leaf.dtype, "itemsize", None) or 8
+        places = np.unique(np.linspace(0, rows - 1, SAMPLED_ROWS).astype(int))
         if size * itemsize > WHOLE_BYTES:
-            places = np.unique(np.linspace(0, rows - 1, SAMPLED_ROWS).astype(int))
             for place in places:
                 total.update(np.ascontiguousarray(leaf[place]).tobytes())
         else:
-            total.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)
+            whole = np.ascontiguousarray(np.asarray(leaf))
+            total.update(whole[places].tobytes())
+            total.update(_block_sums(whole.reshape(-1).view(np.uint8)))
     return total.hexdigest()
+
+
+def _block_sums(data: np.ndarray) -> bytes:
+    """The sum of each 4 KiB, as 64-bit words: any changed bit changes one.
+
+    At the speed of memory; a SHA-256 of everything takes as long as an epoch.
+    """
+    whole = len(data) // BLOCK_BYTES * BLOCK_BYTES
+    words = data[:whole].view(np.uint64).reshape(-1, BLOCK_BYTES // 8)
+    sums: np.ndarray = words.sum(axis=1, dtype=np.uint64)
+    return sums.tobytes() + data[whole:].tobytes()
 
 
 @cache

@@ -15,6 +15,7 @@ import contextlib
 import json
 import shutil
 import sqlite3
+import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,16 +70,27 @@ Row = tuple[Any, ...]
 
 
 def crc(row: Iterable[Any]) -> int:
-    """The CRC-32 of a row: of each column's type, length and bytes, in order."""
+    """The CRC-32 of a row: of each column's kind, length and bytes, in order.
+
+    NULL is `N` and nothing, an integer `I` and its decimal digits, a real number `F`
+    and its 8 bytes (little-endian), text `S` and its UTF-8, a blob `B` and its bytes.
+    """
     value = 0
     for column in row:
-        if isinstance(column, bytes):
-            kind, data = b"b", column
-        else:
-            kind, data = type(column).__name__[:1].encode(), repr(column).encode()
+        kind, data = _bytes(column)
         value = zlib.crc32(b"%b%d:" % (kind, len(data)), value)
         value = zlib.crc32(data, value)
     return value
+
+
+def _bytes(column: Any) -> tuple[bytes, bytes]:
+    if isinstance(column, bytes):
+        return b"B", column
+    if isinstance(column, str):
+        return b"S", column.encode("utf-8", "surrogatepass")
+    if isinstance(column, float):
+        return b"F", struct.pack("<d", column)
+    return (b"N", b"") if column is None else (b"I", b"%d" % column)
 
 
 class JournalWriter:

@@ -123,6 +123,8 @@ class Recorder:
         self._best_waits: Callable[[], Checkpoint] | None = None
         self._remembers = True
         """Whether the callbacks are those of before, so that they can be set back."""
+        self._differences: list[dict[str, Any]] = []
+        """What has changed since the run was begun, where it goes on all the same."""
         self._signal: int | None = None
         self._asked = False
 
@@ -144,7 +146,7 @@ class Recorder:
         if self._past is None:
             self._begin(source, arguments)
         else:
-            self._prepare(self._past, source)
+            self._prepare(self._past, source, arguments)
         limits = {"train": self._until_due}
         loop.subscribe(self._hear_first, first=True)
         loop.subscribe(self._hear_last, chunk_steps=limits)  # type: ignore[arg-type]
@@ -180,27 +182,35 @@ class Recorder:
         )
         self._open(JournalWriter(self._folder.journal_path))
         gear = self._loop.gear
-        self._event("begin", gear=gear.name if gear else None, pid=os.getpid())
+        choice = self._loop.choice
+        self._event(
+            "begin",
+            gear=gear.name if gear else None,
+            chosen=asdict(choice) if choice is not None else None,
+            pid=os.getpid(),
+        )
         if isinstance(source, ArraySource):
             arrays = source.arrays
             assert self._writer is not None
             self._writer.fact("data", lambda: identity.data_fingerprint(arrays))
 
-    def _prepare(self, past: Past, source: Source | None) -> None:
+    def _prepare(
+        self, past: Past, source: Source | None, arguments: Mapping[str, Any]
+    ) -> None:
         """Refuse what has changed, say what was found, let callbacks go on."""
         memories = past.checkpoint.content["callbacks"]
+        differences = changes.since(
+            past.manifest,
+            self._loop,
+            source,
+            data=past.data,
+            gear=past.standing.gear,
+            callbacks=None if self._listener is None else self._callbacks,
+            arguments=None if self._listener is None else arguments,
+        )
         if not past.anyway:
-            changes.refuse(
-                changes.since(
-                    past.manifest,
-                    self._loop,
-                    source,
-                    data=past.data,
-                    gear=past.standing.gear,
-                    callbacks=None if self._listener is None else self._callbacks,
-                ),
-                self._folder.path,
-            )
+            changes.refuse(differences, self._folder.path)
+        self._differences = [d.as_dict() for d in differences]
         kinds = [memory.kind_of(c) for c in self._callbacks]
         self._remembers = kinds == [m["kind"] for m in memories]
         for note in past.notes:
@@ -225,6 +235,7 @@ class Recorder:
         with journal.transaction(durable=True):
             journal.cut(standing.step, turn, cursor.epoch, begun=cursor.begun)
         checkpoint.cut(self._folder.checkpoints_path, past.checkpoint)
+        checkpoint.clean(self._folder.checkpoints_path)
         self._open(journal)
         self._turn = turn
         self._saved_step, self._saved_s = standing.step, time.monotonic()
@@ -238,13 +249,16 @@ class Recorder:
             recorded=past.recorded,
             lost=max(0, past.recorded - standing.step),
             notes=list(past.notes),
+            differences=self._differences,
             pid=os.getpid(),
         )
 
     def _end(self, error: BaseException | None) -> None:
         if self._writer is None:
             return
-        if error is not None and self._signal is None:
+        if isinstance(error, GeneratorExit):
+            self._event("left")
+        elif error is not None and self._signal is None:
             self._event(
                 "error",
                 error=f"{type(error).__name__}: {error}",
@@ -344,7 +358,7 @@ class Recorder:
         self._leave_if_told(None)
 
     def _after_epoch(self, event: EpochEnd) -> None:
-        if self._past is not None and self._past.over:
+        if self._is_over():
             return
         self._resume_writing()
         writer, loop = self._writer, self._loop
@@ -359,21 +373,24 @@ class Recorder:
         best = isinstance(value, float) and self._how.better(value, self._best)
         if best:
             self._best = value
-        made = self._capture()
         elapsed_s = time.monotonic() - self._saved_s
-        last = self._loop.is_last(event.epoch)
-        if (
-            last
-            or self._asked
-            or (elapsed_s >= writer.cost_s / COST and not writer.saving)
-        ):
-            self._put(made, best=best)
+        can_be = elapsed_s >= writer.cost_s / COST and not writer.saving
+        if loop.is_last(event.epoch) or self._asked or can_be:
+            self._put(self._capture(best=best), best=best)
         elif best:
-            self._best_waits = made
+            self._best_waits = self._capture(best=True)
         self._leave_if_told(None)
 
+    def _is_over(self) -> bool:
+        """Whether what ends now is no end of the run: it was before, or is not yet.
+
+        An outer loop of the user's own that is left ends no epoch: nobody can tell a
+        `break` from an exception. Gone on with, it is left again, or goes on.
+        """
+        return self._loop.left or (self._past is not None and self._past.over)
+
     def _after_training(self) -> None:
-        if self._past is not None and self._past.over:
+        if self._is_over():
             return
         self._resume_writing()
         if self._writer is not None:
@@ -443,12 +460,15 @@ class Recorder:
         *,
         pinned: bool = False,
         finished: bool = False,
+        best: bool = False,
     ) -> Callable[[], Checkpoint]:
         """Where training stands, as a checkpoint to be made on another thread."""
         barrier = self._record_writes() if standing is None else False
         at = standing or self._loop.standing(state=self._before)
         extra: Arrays = {}
         source = self._loop.data
+        name = checkpoint.name_of(at.step, self._turn, finished=finished)
+        known = self._writer.best if self._writer is not None else None
         content = {
             "turn": self._turn,
             "finished": finished,
@@ -468,15 +488,11 @@ class Recorder:
             "logs": _encoded(at.logs, extra, "logs"),
             "callbacks": memory.capture(self._callbacks, extra),
             "marks": dict(source.marks()) if source is not None else {},
-            "best": {
-                "value": self._best,
-                "name": self._writer.best if self._writer is not None else None,
-            },
+            "best": {"value": self._best, "name": name if best else known},
         }
         # Attributes of callbacks may be arrays that they go on changing.
         extra = {name: array.copy() for name, array in extra.items()}
-        to_numpy, turn = self._loop.backend.to_numpy, self._turn
-        name = checkpoint.name_of(at.step, turn, finished=finished)
+        to_numpy = self._loop.backend.to_numpy
 
         def make() -> Checkpoint:
             state = {path: to_numpy(value) for path, value in at.state.items()}

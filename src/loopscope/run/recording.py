@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ class Recording:
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether a value of the monitored metric is the best so far."""
-        if value != value:
+        if not math.isfinite(value):
             return False
         more = any(word in self.monitor for word in ("acc", "auc", "f1", "precision"))
         return best is None or (value > best if more else value < best)
