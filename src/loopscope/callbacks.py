@@ -86,6 +86,14 @@ class CallbackListener:
         self._unsaid: ChunkEnd | None = None
 
     @property
+    def within_call(self) -> bool:
+        """Whether callbacks were told the beginning of a batch, and not yet its end.
+
+        Keras tells them once for so many steps as `steps_per_execution` says.
+        """
+        return self._begun is not None
+
+    @property
     def hooked(self) -> bool:
         """Whether a callback that may change anything is called between steps."""
         return any(not _only_looks(callback) for callback in self._told["train"])

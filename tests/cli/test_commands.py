@@ -83,8 +83,12 @@ def test_help_imports_no_framework(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_mnist_json_has_the_promised_keys_and_faster_gears_take_the_same_step():
-    made = document("mnist", "--batch-size", "5000", "--epochs", "2", "--scale")
+def test_mnist_json_has_the_promised_keys_and_faster_gears_take_the_same_step(
+    tmp_path,
+):
+    made = document(
+        *("mnist", "--batch-size", "5000", "--epochs", "2", "--scale"), cwd=tmp_path
+    )
     assert set(made) == {
         "backend",
         "eager",
@@ -94,6 +98,7 @@ def test_mnist_json_has_the_promised_keys_and_faster_gears_take_the_same_step():
         "history",
         "test_accuracy",
         "state_sha256",
+        "run",
     }
     assert made["backend"] == os.environ["KERAS_BACKEND"]
     assert set(made["eager"]) == {"seconds_per_epoch", "epochs"}
@@ -115,10 +120,21 @@ def test_mnist_json_has_the_promised_keys_and_faster_gears_take_the_same_step():
     }
     assert made["test_accuracy"] > 0.5
     assert re.fullmatch("[0-9a-f]{64}", made["state_sha256"])
+    assert re.fullmatch(r"runs/mnist-[\d-]+", made["run"])
+    # Its outer loop is the tutorial's own; the run goes on by `fit` all the same.
+    gone_on = document("resume", made["run"], "--epochs", "3", cwd=tmp_path)
+    assert gone_on["epochs"] == 3
+    verified = document("verify", made["run"], "--all", cwd=tmp_path)
+    assert verified["steps"] == 30
+    assert not verified["differences"]
 
 
-def test_mnist_prints_the_lines_of_the_tutorial():
-    done = loopscope("mnist", "--batch-size", "200", "--epochs", "1", "--logits")
+def test_mnist_prints_the_lines_of_the_tutorial(tmp_path):
+    done = loopscope(
+        *("mnist", "--batch-size", "200", "--epochs", "1", "--logits", "--no-run"),
+        cwd=tmp_path,
+    )
+    assert not (tmp_path / "runs").exists()
     assert done.returncode == 0, done.stderr
     for pattern in (
         r"^Start of epoch 0$",

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: Any = None
+        _LOCKS.add(self)
 
     def acquire(self) -> None:
         """Take the lock.
@@ -72,6 +74,18 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A forked worker that outlives a killed parent must not go on holding its lock."""
+    for lock in _LOCKS:
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def writer(path: Path) -> dict[str, Any] | None:

@@ -115,12 +115,15 @@ class Recorder:
         self._turn = 0
         """Groups of writes that were recorded before the next step."""
         self._saved_step, self._saved_s = -1, time.monotonic()
+        self._saved_name = ""
+        self._gear: str | None = None
+        """In which the last steps were run."""
         self._first_step, self._passes = 0, 0
         """Of the epoch: its first step, and its passes over training data."""
         self._passed: Standing | None = None
         """Where the last pass over training data has led."""
         self._best: float | None = None
-        self._best_waits: Callable[[], Checkpoint] | None = None
+        self._best_waits: _Captured | None = None
         self._remembers = True
         """Whether the callbacks are those of before, so that they can be set back."""
         self._differences: list[dict[str, Any]] = []
@@ -239,6 +242,8 @@ class Recorder:
         self._open(journal)
         self._turn = turn
         self._saved_step, self._saved_s = standing.step, time.monotonic()
+        self._saved_name = past.checkpoint.name
+        self._gear = standing.gear
         best = past.checkpoint.content["best"]
         self._best = best["value"]
         assert self._writer is not None
@@ -303,7 +308,7 @@ class Recorder:
                 self._before_chunk()
             case ChunkEnd(phase="train"):
                 self._after_chunk(event)
-            case ChunkEnd():
+            case ChunkEnd() if self._passed is not None:
                 self._leave_if_told(self._passed)
             case PhaseEnd(phase="train"):
                 self._passed = self._loop.standing(state=self._before)
@@ -321,11 +326,22 @@ class Recorder:
         if self._past is not None and self._past.over:
             return
         self._resume_writing()
-        turned = self._turn_off()
+        self._passed = None
+        turned = self._turn_off() | self._gear_is_new()
         barrier = self._record_writes()
         if self._saved_step < 0 or barrier or turned:
             self._save(pinned=barrier or turned)
         self._before = None
+
+    def _gear_is_new(self) -> bool:
+        """Whether somebody has changed the gear: no replay goes across that."""
+        gear = self._loop.gear
+        name = gear.name if gear is not None else None
+        was, self._gear = self._gear, name
+        if was in (None, name):
+            return False
+        self._event("gear", gear=name, was=was)
+        return True
 
     def _turn_off(self) -> bool:
         """Where this run leaves the one it branched off: change what is to change."""
@@ -347,8 +363,11 @@ class Recorder:
             return
         values = {n: _number(v) for n, v in event.outputs.items() if _is_scalar(v)}
         self._writer.scalars(event.step, values)
-        if self._passes > 1:
-            return  # Only the first pass of an epoch has a place to go on from.
+        within = self._listener is not None and self._listener.within_call
+        if self._passes > 1 or within:
+            # Only the first pass of an epoch has a place to go on from; and callbacks
+            # that were told of a beginning are to be told its end.
+            return
         elapsed_s = time.monotonic() - self._saved_s
         due = self._loop.step - self._saved_step >= self._how.replay_steps
         late = elapsed_s >= max(self._how.every_s, self._writer.cost_s / COST)
@@ -379,6 +398,7 @@ class Recorder:
             self._put(self._capture(best=best), best=best)
         elif best:
             self._best_waits = self._capture(best=True)
+        self._passed = None
         self._leave_if_told(None)
 
     def _is_over(self) -> bool:
@@ -445,13 +465,15 @@ class Recorder:
                 break
             time.sleep(0.001)
 
-    def _put(self, made: Callable[[], Checkpoint], *, best: bool = False) -> None:
+    def _put(self, captured: _Captured, *, best: bool = False) -> None:
         assert self._writer is not None
         if self._best_waits is not None and not best:
-            self._writer.save(self._best_waits, best=True)
-        self._best_waits = None
-        self._writer.save(made, best=best)
-        self._asked = False
+            self._writer.save(self._best_waits.make, best=True)
+        self._best_waits, self._asked = None, False
+        if captured.name == self._saved_name:
+            return  # It is there already, and would not be while it is written.
+        self._writer.save(captured.make, best=best)
+        self._saved_name = captured.name
         self._saved_step, self._saved_s = self._loop.step, time.monotonic()
 
     def _capture(
@@ -461,7 +483,7 @@ class Recorder:
         pinned: bool = False,
         finished: bool = False,
         best: bool = False,
-    ) -> Callable[[], Checkpoint]:
+    ) -> _Captured:
         """Where training stands, as a checkpoint to be made on another thread."""
         barrier = self._record_writes() if standing is None else False
         at = standing or self._loop.standing(state=self._before)
@@ -506,7 +528,7 @@ class Recorder:
                 pinned=pinned or barrier,
             )
 
-        return make
+        return _Captured(name, make)
 
     # Being told.
 
@@ -579,6 +601,14 @@ class Recorder:
         finally:
             if warnings.showwarning is show:
                 warnings.showwarning = shown
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A checkpoint that is yet to be made."""
+
+    name: str
+    make: Callable[[], Checkpoint]
 
 
 def _is_bar(callback: Any) -> bool:

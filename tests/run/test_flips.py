@@ -1,0 +1,204 @@
+"""A damaged run is refused, or goes on from where it is whole: it never lies.
+
+A few flips of each file here, under `make test-slow` 500 (flips.py says what is asked).
+"""
+
+import re
+import sqlite3
+
+import pytest
+
+from flips import (
+    JOURNAL,
+    WAL,
+    Sound,
+    emptied,
+    every_flip,
+    flipped,
+    missing,
+    page_headers,
+    structure_flipped,
+    truncated,
+)
+from loopscope.errors import RunError
+from loopscope.run import reading
+from loopscope.run.folder import Folder
+from loopscope.run.journal import JournalReader, JournalWriter
+from trainings import Ended, end, remembering, train, warned
+
+# What is read has nothing to do with who computes.
+pytestmark = pytest.mark.once
+
+EPOCHS = 40
+FLIPS, MANY_FLIPS = 100, 500
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that ended in its 38th epoch."""
+    path = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.raises(Ended):
+        train(path, epochs=EPOCHS, every=10, acts={37: end}, more=remembering())
+    return Sound(path, tmp_path_factory.mktemp("damaged"), EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "run"
+    train(path, epochs=EPOCHS, every=10, more=remembering())
+    return Sound(path, tmp_path_factory.mktemp("damaged"), EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def torn(killed, tmp_path_factory):
+    """The run of a process that was killed: its journal is in two files."""
+    return Sound(killed.path, tmp_path_factory.mktemp("damaged"), killed.epochs)
+
+
+def file_of(run, which):
+    return run.newest(which) if which in ("json", "safetensors") else which
+
+
+def assert_never_lies(run, which, damage, count):
+    counts, wrong = run.random(file_of(run, which), damage, count)
+    assert not wrong, "\n".join(wrong[:5])
+    return counts
+
+
+@pytest.mark.parametrize("which", ["run.json", "json", "safetensors", JOURNAL])
+def test_a_flipped_bit_is_found_or_changes_nothing(interrupted, which):
+    assert_never_lies(interrupted, which, flipped, FLIPS)
+
+
+def test_a_flipped_bit_in_what_orders_the_journal_is_found(interrupted):
+    assert_never_lies(interrupted, JOURNAL, structure_flipped, FLIPS)
+
+
+def test_no_row_of_the_journal_vanishes_by_one_bit(interrupted):
+    data = interrupted.files[JOURNAL]
+    counts_of_rows = [place for place in page_headers(data) if place % 8 == 4]
+    _, wrong = interrupted.outcomes(JOURNAL, every_flip(data, counts_of_rows))
+    assert not wrong, "\n".join(wrong[:5])
+
+
+@pytest.mark.parametrize("which", ["json", "safetensors"])
+def test_a_flipped_bit_in_the_end_of_a_finished_run_is_found(finished, which):
+    assert_never_lies(finished, which, flipped, FLIPS // 2)
+
+
+def test_a_flipped_bit_in_the_log_of_a_killed_run_ends_it_there(torn):
+    counts = assert_never_lies(torn, WAL, flipped, FLIPS // 2)
+    assert counts["steps: up to a step"]
+
+
+@pytest.mark.parametrize("which", ["run.json", "json", "safetensors", JOURNAL])
+def test_a_truncated_an_empty_and_a_missing_file_are_told(interrupted, which):
+    assert_never_lies(interrupted, which, truncated, 20)
+    assert_never_lies(interrupted, which, emptied, 1)
+    assert_never_lies(interrupted, which, missing, 1)
+
+
+def test_a_log_of_a_killed_run_that_is_truncated_empty_or_missing_is_told(torn):
+    assert_never_lies(torn, WAL, truncated, 20)
+    assert_never_lies(torn, WAL, emptied, 1)
+    assert_never_lies(torn, WAL, missing, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["run.json", "json", "safetensors", JOURNAL])
+def test_no_flipped_bit_of_many_is_missed(interrupted, finished, which):
+    assert_never_lies(interrupted, which, flipped, MANY_FLIPS)
+    assert_never_lies(finished, which, flipped, MANY_FLIPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [JOURNAL, WAL])
+def test_no_flipped_bit_of_many_is_missed_in_a_killed_run(torn, which):
+    assert_never_lies(torn, which, flipped, MANY_FLIPS)
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_many_is_missed_in_what_orders_the_journal(interrupted):
+    assert_never_lies(interrupted, JOURNAL, structure_flipped, 4 * MANY_FLIPS)
+    data = interrupted.files[JOURNAL]
+    _, wrong = interrupted.outcomes(JOURNAL, every_flip(data, page_headers(data)))
+    assert not wrong, "\n".join(wrong[:5])
+
+
+def test_a_row_of_one_table_is_none_of_another(tmp_path):
+    # One flipped bit of a page's number lets a table go on in a page of another one.
+    path = tmp_path / JOURNAL
+    journal = JournalWriter(path)
+    journal.put("writes", [(8, 0, "path", "float32", "[]", b"1234")])
+    journal.close()
+    other = sqlite3.connect(path)
+    with other:
+        other.execute("INSERT INTO epochs SELECT * FROM writes")
+    other.close()
+    reader = JournalReader(path, live=False)
+    with pytest.raises(RunError, match=r"the row 8 of 'epochs' does not match"):
+        reader.epochs()
+    reader.close()
+
+
+def damaged_copy(run, tmp_path, name, data):
+    """A copy of a run with other bytes in one file; `None` takes it away."""
+    for file, content in run.files.items():
+        content = data if file == name else content
+        if content is not None:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes(content)
+    return tmp_path
+
+
+def test_a_run_without_its_manifest_is_not_taken_for_an_empty_folder(
+    interrupted, tmp_path
+):
+    path = damaged_copy(interrupted, tmp_path, "run.json", None)
+    with pytest.raises(RunError, match=re.escape("run.json")):
+        train(path, epochs=1)
+    with pytest.raises(RunError, match=re.escape("run.json")):
+        train(path, epochs=1, resume=True)
+    left = [f for f in interrupted.files if f != "run.json"]
+    assert all((path / f).read_bytes() == interrupted.files[f] for f in left)
+
+
+def test_a_run_that_has_lost_all_checkpoints_keeps_its_journal(interrupted, tmp_path):
+    path = damaged_copy(interrupted, tmp_path, "", None)
+    for file in (path / "checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(RunError, match="checkpoint"):
+        train(path, epochs=EPOCHS, resume=True, more=remembering())
+    assert (path / JOURNAL).read_bytes() == interrupted.files[JOURNAL]
+    assert reading.summary(Folder(path)).steps == 304
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_to_the_same_end(
+    interrupted, tmp_path
+):
+    name = interrupted.newest("safetensors")
+    path = damaged_copy(interrupted, tmp_path, name, b"")
+    with warned() as said:
+        loop, history = train(path, epochs=EPOCHS, resume=True, more=remembering())
+    assert len(said) == 1
+    assert f"{name} is damaged" in said[0]
+    undisturbed, whole = train(epochs=EPOCHS, more=remembering())
+    assert loop.state.sha256() == undisturbed.state.sha256()
+    assert history.history == whole.history
+    assert reading.summary(Folder(path)).status == "finished"
+
+
+def test_a_damaged_journal_is_kept_aside_when_told_to_go_on_anyway(
+    interrupted, tmp_path
+):
+    path = damaged_copy(interrupted, tmp_path, JOURNAL, b"not a journal")
+    with pytest.raises(RunError, match=r"journal\.sqlite is damaged.*--anyway"):
+        train(path, epochs=EPOCHS, resume=True, more=remembering())
+    with warned() as said:
+        loop, _ = train(path, epochs=EPOCHS, resume="anyway", more=remembering())
+    assert "journal.sqlite is damaged" in said[0]
+    assert "begun anew" in said[0]
+    undisturbed, _ = train(epochs=EPOCHS, more=remembering())
+    assert loop.state.sha256() == undisturbed.state.sha256()
+    assert (path / "journal.damaged.sqlite").read_bytes() == b"not a journal"
+    assert len(reading.steps(Folder(path))["step"]) == EPOCHS * 8
