@@ -1,6 +1,7 @@
 """A training that was ended anywhere and goes on ends in the bits it was coming to."""
 
 import json
+import os
 import re
 
 import keras
@@ -14,6 +15,7 @@ from loopscope.errors import RunError, UsageError
 from loopscope.events import ChunkEnd, EpochEnd
 from loopscope.run import reading
 from loopscope.run.folder import Folder
+from loopscope.run.lock import Lock, writer
 from models import (
     ALL,
     FUSED,
@@ -571,3 +573,63 @@ def test_the_journal_says_what_a_crash_has_lost(tmp_path):
     assert found["step"] == 8
     assert found["recorded"] == recorded
     assert found["lost"] == recorded - 8
+
+
+class Calls(keras.callbacks.Callback):
+    """Writes down which batches it was told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.told.append(("begin", batch))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.told.append(("end", batch))
+
+
+def test_hooks_are_called_as_undisturbed_where_keras_calls_them_for_several_steps(
+    tmp_path,
+):
+    told = {}
+
+    def fit(loop, **run):
+        calls = Calls()
+        told[folder_name(run)] = calls
+        return fit_arrays(X, Y, callbacks=[calls])(loop, **run)
+
+    def make(gear):
+        loop = small_loop(gear)
+        loop.model.compile(
+            "sgd",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            steps_per_execution=3,
+        )
+        return loop
+
+    check(make, FUSED, fit, tmp_path, at=11, every=2)
+    assert told["files-ended"].told == told["files-whole"].told
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_worker_does_not_hold_the_run_of_a_dead_parent(tmp_path):
+    lock = Lock(tmp_path / "lock")
+    lock.acquire()
+    assert writer(tmp_path / "lock")["pid"] == os.getpid()
+    (up, say_up), (end, say_end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(say_up, b"x")
+        os.read(end, 1)
+        os._exit(0)
+    os.read(up, 1)
+    lock.release()  # As the kernel does for a process that dies.
+    try:
+        assert writer(tmp_path / "lock") is None
+    finally:
+        os.write(say_end, b"x")
+        os.waitpid(child, 0)
+        for descriptor in (up, say_up, end, say_end):
+            os.close(descriptor)

@@ -329,3 +329,22 @@ def test_a_branch_from_a_step_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match="steps 0 to 23"):
         run.branch(99, tmp_path / "branch")
     assert not (tmp_path / "branch").exists()
+
+
+def test_no_replay_goes_across_a_change_of_gear(tmp_path):
+    made = experiment()
+    source = made.loop.source(X, Y, batch_size=8)
+    run = Recording(tmp_path / "run", replay_steps=100)
+    for epoch in made.loop.epochs(3, run=run):
+        made.loop.gear = "eager" if epoch.index == 1 else STEP
+        for _ in epoch.train(source):
+            pass
+    opened = open_run(tmp_path / "run", experiment=experiment())
+    assert [opened.rewind(step).gear for step in (7, 8, 15, 16)] == [
+        STEP,
+        "eager",
+        "eager",
+        STEP,
+    ]
+    assert opened.rewind(10).checkpoint_step == 8
+    assert opened.verify(whole=True).verified
