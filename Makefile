@@ -47,7 +47,7 @@ test-slow: $(DEV) ## run the slow tests that `test` leaves out
 	@echo "== slow tests on JAX"
 	@$(call PYTEST,jax) -m "slow and not once" || [ $$? -eq 5 ]
 
-crash-test: $(DEV) ## kill trainings 200 times, go on, compare how they end (an hour)
+crash-test: $(DEV) ## kill trainings 200 times, go on, compare their ends (half an hour)
 	@$(BIN)/python tests/crash/run.py --kills 200
 
 # docs/compatibility.md lists what the tests beside Keras have compared.

@@ -7,10 +7,11 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import report_recording
+from target import Target, table_of
 from workloads import WORKLOADS
 
 Row = dict[str, Any]
@@ -22,23 +23,6 @@ FIRST_LOSS_RANDOM = 0.1
 """The same where the step draws random numbers."""
 
 CALLBACKS_TITLE = "## `fit` with the usual callbacks"
-
-
-@dataclass(frozen=True)
-class Target:
-    """One statement about speed.
-
-    Attributes:
-        statement: What is to be reached.
-        reached: What was.
-        met: Whether; `None` where it could not be measured.
-        why: What is known about a miss, in words.
-    """
-
-    statement: str
-    reached: str
-    met: bool | None
-    why: str = ""
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -58,7 +42,7 @@ def markdown(document: dict[str, Any]) -> str:
         "the least and the most. Absolute times move with the machine and its load: "
         "read the ratios, which are taken within each round.",
         "",
-        *_targets(made),
+        *table_of(made),
     ]
     lines += ["", "![ms per step of everyone](results.png)"]
     for name, workload in WORKLOADS.items():
@@ -70,43 +54,20 @@ def markdown(document: dict[str, Any]) -> str:
     lines += ["", "## Whole trainings in `auto`", ""]
     lines += _choosing(document.get("choosing") or [])
     lines += ["", "## A long run", "", *_long_run(document.get("long_run") or {})]
+    lines += ["", *report_recording.sections(document.get("recording") or {})]
     return "\n".join(lines) + "\n"
 
 
 def callbacks_alone(rows: list[Row]) -> str:
     """The section on `fit` with callbacks, and its targets."""
     lines = [
-        *_targets([*_callbacks_targets(rows)]),
+        *table_of([*_callbacks_targets(rows)]),
         "",
         CALLBACKS_TITLE,
         "",
         *_callbacks(rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _targets(made: list[Target]) -> list[str]:
-    lines = [
-        "## Targets",
-        "",
-        "| statement | reached | met |",
-        "|---|---|---|",
-        *(f"| {t.statement} | {t.reached} | {_yes(t)} |" for t in made),
-    ]
-    missed = [t for t in made if not t.met]
-    if missed:
-        lines += ["", "### Not met", ""]
-        lines += [
-            f"- {t.statement}. Reached: {t.reached}.{' ' + t.why if t.why else ''}"
-            for t in missed
-        ]
-    return lines
-
-
-def _yes(target: Target) -> str:
-    if target.met is None:
-        return "not measured"
-    return "yes" if target.met else "**no**"
 
 
 # Tables.
@@ -308,7 +269,8 @@ def targets(document: dict[str, Any]) -> list[Target]:
             made += _auto_targets(rows, workload, backend)
     made += _callbacks_targets(document.get("callbacks") or [])
     made.append(_choosing_target(document.get("choosing") or []))
-    return made + _long_targets(document.get("long_run") or {})
+    made += _long_targets(document.get("long_run") or {})
+    return made + report_recording.targets(document.get("recording") or {})
 
 
 def _mlp_targets(rows: list[Row]) -> list[Target]:

@@ -308,6 +308,35 @@ def with_callbacks(chosen: argparse.Namespace, say: Say) -> list[Row]:
     return rows
 
 
+def recording_alone(chosen: argparse.Namespace, say: Say) -> None:
+    """Measure recorded runs; print the page, or write it."""
+    import recording
+    from report import machine
+    from report_recording import page
+
+    began = time.perf_counter()
+    found = recording.measure(chosen.backends, chosen.rounds, chosen.quick, say)
+    minutes = (time.perf_counter() - began) / 60
+    command = "benchmarks/run.py --only recording"
+    command += f" --rounds {chosen.rounds}" if chosen.rounds else ""
+    command += " --quick" if chosen.quick else ""
+    versions = versions_of(chosen.backends)
+    text = page(
+        found,
+        f"Machine: {machine()}; runs were recorded on {found['folder']}. "
+        f"{', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}. Written by "
+        f"`{command}` in {minutes:.0f} minutes.",
+    )
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        (chosen.out / "results-recording.md").write_text(text)
+        say(f"wrote {chosen.out / 'results-recording.md'}")
+    if chosen.json:
+        print(json.dumps(found))
+    elif chosen.out is None:
+        print(text)
+
+
 def rounds_of(workload: str, chosen: argparse.Namespace) -> int:
     """How many rounds a workload is measured in."""
     usual = 3 if chosen.quick else 11 if workload == "mlp" else 5
@@ -332,13 +361,17 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--only",
-        choices=("callbacks",),
-        help="measure this section alone and print its tables; writes no files",
+        choices=("callbacks", "recording"),
+        help="measure this section alone and print its tables; writes no files, but "
+        "results-recording.md where --out is given",
     )
     parser.add_argument(
         "--no-callbacks", action="store_true", help="leave fit with callbacks out"
     )
     parser.add_argument("--no-long-run", action="store_true")
+    parser.add_argument(
+        "--no-recording", action="store_true", help="leave recorded runs out"
+    )
     parser.add_argument(
         "--no-choosing", action="store_true", help="leave whole trainings in auto out"
     )
@@ -357,7 +390,7 @@ def options() -> argparse.Namespace:
     )
     chosen = parser.parse_args()
     chosen.workloads = chosen.workloads or (["mlp"] if chosen.quick else [*WORKLOADS])
-    if chosen.out is None and not chosen.quick:
+    if chosen.out is None and not (chosen.quick or chosen.only):
         chosen.out = HERE
     return chosen
 
@@ -375,6 +408,9 @@ def main() -> None:
 
         rows = with_callbacks(chosen, say)
         print(json.dumps(rows) if chosen.json else callbacks_alone(rows))
+        return
+    if chosen.only == "recording":
+        recording_alone(chosen, say)
         return
     file = chosen.out / "results.json" if chosen.out else None
     document: dict[str, Any] = {}
@@ -395,6 +431,12 @@ def main() -> None:
         document["long_run"] = long_run(chosen.quick, say)
     if not (chosen.no_choosing or chosen.quick):
         document["choosing"] = choosing(chosen.backends, 3, say)
+    if not (chosen.no_recording or chosen.quick):
+        import recording
+
+        document["recording"] = recording.measure(
+            chosen.backends, chosen.rounds, chosen.quick, say
+        )
     from report import chart, machine, markdown
 
     document["machine"] = machine()

@@ -11,6 +11,7 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 import loopscope
@@ -21,6 +22,12 @@ GEARS = [gear.name for gear in backend.current().gears]
 COMPILED = [name for name in GEARS if name != "eager"]
 FUSED = "fused-graph" if TENSORFLOW else "fused-xla"
 """The fused gear that compiles fastest: for tests of what is the same in all."""
+
+BRIEF = [
+    pytest.param(gear, marks=pytest.mark.slow) if TENSORFLOW and "xla" in gear else gear
+    for gear in GEARS
+]
+"""All gears; those that compile for seconds on TensorFlow are left to `test-slow`."""
 
 STEP = "graph" if TENSORFLOW else "xla"
 """The gear that compiles one step."""

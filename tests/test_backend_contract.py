@@ -358,3 +358,18 @@ def test_a_backend_without_a_room_is_refused(monkeypatch):
         "loopscope has no room for Keras's 'numpy' backend. It has: 'tensorflow', "
         "'jax'. Set KERAS_BACKEND to one of these before Keras is imported."
     )
+
+
+def test_two_reads_are_the_same_until_the_variable_is_assigned():
+    room = backend.current()
+    values = [np.zeros((3, 2), "float32"), np.float32(1), np.int64(2)]
+    for value in values:
+        variable = keras.Variable(value, dtype=value.dtype.name)
+        before, again = room.read(variable), room.read(variable)
+        assert room.same(before, before)
+        assert np.ndim(value) == 0 or room.same(before, again)
+        # Nothing else may be taken for unchanged: what was assigned would be lost.
+        variable.assign(value + 1)
+        after = room.read(variable)
+        assert not room.same(before, after)
+        assert not room.same(after, before)

@@ -95,7 +95,7 @@ class Meters:
             return {}  # Keras's metrics may not even be built yet.
         if self._results is None:
             found = self._of_keras() if self._keras else self._of_own_step()
-            self._results = {name: _number(value) for name, value in found.items()}
+            self._results = _numbers(found)
         return self._results
 
     def _of_keras(self) -> dict[str, Any]:
@@ -158,8 +158,14 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
     return free
 
 
+def _numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Results on the host; a metric's own dict is taken apart, as in Keras's logs."""
+    flat: dict[str, Any] = {}
+    for name, value in found.items():
+        flat.update(_numbers(value) if isinstance(value, dict) else {name: value})
+    return {name: _number(value) for name, value in flat.items()}
+
+
 def _number(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _number(part) for name, part in value.items()}
     array = np.asarray(value)
     return float(array) if array.ndim == 0 and array.dtype.kind not in "OSU" else array

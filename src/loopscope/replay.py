@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from loopscope.errors import RunError, UsageError
 from loopscope.events import ChunkBegin, ChunkEnd, Event
 from loopscope.experiment import Experiment
-from loopscope.run import changes, checkpoint
+from loopscope.run import changes, checkpoint, reading
 from loopscope.run.checkpoint import Checkpoint, Entry
 from loopscope.run.folder import Folder
 from loopscope.run.identity import CAUSES, Difference
@@ -189,12 +189,8 @@ class Replayer:
         self._initial = loop.standing()
         self._lent = replace(self._lent, state=self._initial.state)
         self._used = False
-        live = folder.writer() is not None
-        journal = JournalReader(folder.journal_path, live=live)
-        try:
+        with reading.journal(folder) as journal:
             data = journal.fact("data")
-        finally:
-            journal.close()
         self.differences: list[Difference] = changes.since(
             manifest, loop, self._source, data=data, gear=self._found[0].content["gear"]
         )
@@ -422,8 +418,10 @@ class Replayer:
     def _read(self, entry: Entry) -> Checkpoint:
         return checkpoint.read(self._folder.checkpoints_path, entry.name)
 
-    def _reading(self) -> _Reading:
-        return _Reading(self._folder)
+    @contextmanager
+    def _reading(self) -> Iterator[_Run]:
+        with reading.journal(self._folder) as journal:
+            yield _Run(self._folder, journal)
 
 
 class _Writes:
@@ -485,7 +483,7 @@ class _Run:
     def __init__(self, folder: Folder, journal: JournalReader) -> None:
         self.journal = journal
         self.first: int = folder.manifest["first_step"]
-        self.last = max(self.first, journal.recorded())
+        self.last = journal.recorded()
         self.epochs = journal.epochs()
         self.writes = [
             (at, turn, path, None if data is None else value_of(dtype, shape, data))
@@ -518,25 +516,6 @@ class _Run:
             for a, b in zip(found, ends, strict=True)
             if (b.step if b is not None else self.last) > a.step
         ]
-
-
-class _Reading:
-    """A journal, open for one replay."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> _Run:
-        live = self._folder.writer() is not None
-        self._journal = JournalReader(self._folder.journal_path, live=live)
-        try:
-            return _Run(self._folder, self._journal)
-        except BaseException:
-            self._journal.close()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.close()
 
 
 def _entries(folder: Folder) -> list[Entry]:

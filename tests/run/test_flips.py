@@ -5,26 +5,30 @@ A few flips of each file here, under `make test-slow` 500 (flips.py says what is
 
 import re
 import sqlite3
+import subprocess
+import sys
 
 import pytest
-
 from flips import (
     JOURNAL,
     WAL,
     Sound,
     emptied,
     every_flip,
+    first_row,
     flipped,
     missing,
     page_headers,
     structure_flipped,
     truncated,
 )
+from trainings import Ended, end, remembering, train, warned
+
 from loopscope.errors import RunError
 from loopscope.run import reading
 from loopscope.run.folder import Folder
 from loopscope.run.journal import JournalReader, JournalWriter
-from trainings import Ended, end, remembering, train, warned
+from loopscope.run.resume import find
 
 # What is read has nothing to do with who computes.
 pytestmark = pytest.mark.once
@@ -76,7 +80,7 @@ def test_a_flipped_bit_in_what_orders_the_journal_is_found(interrupted):
 
 def test_no_row_of_the_journal_vanishes_by_one_bit(interrupted):
     data = interrupted.files[JOURNAL]
-    counts_of_rows = [place for place in page_headers(data) if place % 8 == 4]
+    counts_of_rows = [header[4] for header in page_headers(data)]
     _, wrong = interrupted.outcomes(JOURNAL, every_flip(data, counts_of_rows))
     assert not wrong, "\n".join(wrong[:5])
 
@@ -121,7 +125,8 @@ def test_no_flipped_bit_of_many_is_missed_in_a_killed_run(torn, which):
 def test_no_flipped_bit_of_many_is_missed_in_what_orders_the_journal(interrupted):
     assert_never_lies(interrupted, JOURNAL, structure_flipped, 4 * MANY_FLIPS)
     data = interrupted.files[JOURNAL]
-    _, wrong = interrupted.outcomes(JOURNAL, every_flip(data, page_headers(data)))
+    headers = [place for header in page_headers(data) for place in header]
+    _, wrong = interrupted.outcomes(JOURNAL, every_flip(data, headers))
     assert not wrong, "\n".join(wrong[:5])
 
 
@@ -149,6 +154,29 @@ def damaged_copy(run, tmp_path, name, data):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_bytes(content)
     return tmp_path
+
+
+def test_no_flipped_bit_in_the_keys_of_the_first_steps_is_missed(interrupted):
+    # What a query selects by, and what says how far the journal reaches.
+    data = interrupted.files[JOURNAL]
+    _, wrong = interrupted.outcomes(JOURNAL, every_flip(data, first_row(data, "steps")))
+    assert not wrong, "\n".join(wrong[:5])
+
+
+def test_a_checkpoint_whose_epochs_the_journal_lacks_is_passed_over(
+    interrupted, tmp_path
+):
+    # A log that ends between the last step of an epoch and its end.
+    path = damaged_copy(interrupted, tmp_path, "", None)
+    journal = JournalWriter(path / JOURNAL)
+    journal.put("epochs", [(29, 29 * 8, None, None, None, 0.0)])
+    journal.close()
+    past = find(Folder(path), EPOCHS, anyway=False)
+    assert past.checkpoint.step < 30 * 8
+    assert [epoch for epoch, _ in past.history] == list(
+        range(past.checkpoint.step // 8)
+    )
+    assert any("journal" in note for note in past.notes)
 
 
 def test_a_run_without_its_manifest_is_not_taken_for_an_empty_folder(
@@ -202,3 +230,31 @@ def test_a_damaged_journal_is_kept_aside_when_told_to_go_on_anyway(
     assert loop.state.sha256() == undisturbed.state.sha256()
     assert (path / "journal.damaged.sqlite").read_bytes() == b"not a journal"
     assert len(reading.steps(Folder(path))["step"]) == EPOCHS * 8
+
+
+CHURN = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+print("began", flush=True)
+while True:
+    names = [folder / f"{i}.safetensors" for i in range(5)]
+    for name in names:
+        name.with_suffix(".tmp").write_bytes(bytes(99))
+        name.with_suffix(".tmp").replace(name)
+    for name in names:
+        name.unlink()
+"""
+
+
+def test_files_that_come_and_go_while_a_run_is_summed_up_are_no_error(
+    interrupted, tmp_path
+):
+    path = damaged_copy(interrupted, tmp_path, "", None)
+    command = [sys.executable, "-c", CHURN, str(path / "checkpoints")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            for _ in range(150):
+                assert reading.summary(Folder(path)).steps == 304
+        finally:
+            process.kill()

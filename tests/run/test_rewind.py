@@ -15,8 +15,8 @@ from loopscope.events import ChunkEnd
 from loopscope.run import watch
 from models import (
     ALL,
+    BRIEF,
     FUSED,
-    GEARS,
     STEP,
     blobs,
     fresh,
@@ -80,7 +80,7 @@ def small(tmp_path_factory):
     return open_run(path, experiment=experiment(validation_data=VALIDATION)), after
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(0)
 @example(STEPS - 1)
 @example(8)
@@ -154,7 +154,7 @@ def test_every_kind_of_model_is_rewound_and_verified(build, tmp_path):
     assert all(s.state_identical for s in found.segments)
 
 
-@pytest.mark.parametrize("gear", GEARS)
+@pytest.mark.parametrize("gear", BRIEF)
 def test_every_gear_is_rewound_with_dropout_and_batchnorm(gear, tmp_path):
     arguments = dict(zip("xy", blobs(44), strict=True), epochs=2)
     after = recorded(tmp_path / "run", experiment(mixed_loop, gear, **arguments))

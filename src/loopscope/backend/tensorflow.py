@@ -58,7 +58,7 @@ class TensorFlowBackend:
         return tf.convert_to_tensor(array)
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
+        return np.asarray(_host(array))
 
     def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
         strategy = getattr(model, "_distribute_strategy", None)
@@ -115,6 +115,8 @@ class TensorFlowBackend:
             return True
         if not all(isinstance(v, tf.Tensor) and "CPU" in v.device for v in (a, b)):
             return False
+        if a.shape.rank == 0:
+            return False  # To look at a number costs no more than to look where it is.
         # Both are alive, so one address is one buffer.
         return _address(a) == _address(b)
 
@@ -164,6 +166,13 @@ class TensorFlowBackend:
         if all(grad is None for grad in grads):
             raise StepError(no_gradient(variables))
         return value, list(grads)
+
+
+def _host(value: Any) -> Any:
+    # A bfloat16 (or float8) of rank 0 gives a NumPy number, which `np.asarray` of the
+    # tensor refuses. Copies nothing larger.
+    alone = isinstance(value, tf.Tensor) and value.shape.rank == 0
+    return value.numpy() if alone else value
 
 
 def _address(tensor: tf.Tensor) -> int:
@@ -275,7 +284,9 @@ def _flat(
 def _stepwise(one: Callable[..., Any]) -> Program:
     def run(feed: Feed, start: int, stop: int) -> Tree:
         outputs = [one(feed.arrays, feed.order, i) for i in range(start, stop)]
-        return map_structure(lambda *leaves: np.stack(leaves), *outputs)
+        return map_structure(
+            lambda *leaves: np.stack([_host(leaf) for leaf in leaves]), *outputs
+        )
 
     return run
 

@@ -13,7 +13,7 @@ from typing import Any
 from loopscope.errors import RunError, UsageError
 from loopscope.run import checkpoint, files
 from loopscope.run.folder import Folder
-from loopscope.run.journal import JournalReader, JournalWriter, crc, text
+from loopscope.run.journal import JournalReader, JournalWriter, text
 
 
 def branch(
@@ -39,7 +39,11 @@ def branch(
     """
     if new.exists:
         raise RunError(f"{str(new.path)!r} holds a run already; name another folder")
-    journal = JournalReader(parent.journal_path, live=parent.writer() is not None)
+    journal = JournalReader(
+        parent.journal_path,
+        live=parent.writer() is not None,
+        first=parent.manifest["first_step"],
+    )
     try:
         first, last = parent.manifest["first_step"], journal.recorded()
         if not first <= step <= last:
@@ -99,6 +103,5 @@ def _cut(new: Folder, start: checkpoint.Entry, parent: Folder, step: int) -> Non
     with journal.transaction(durable=True):
         journal.cut(start.step, start.turn, cursor["epoch"], begun=cursor["begun"])
         data = text({"parent": str(parent.path.resolve()), "step": step})
-        event = (1, start.step, "branch", data, time.time())
-        journal.replace_events([(*event, crc(event))])
+        journal.replace_events([(1, start.step, "branch", data, time.time())])
     journal.close()

@@ -146,6 +146,7 @@ class Entry:
         name: Of its files.
         step: Steps trained.
         turn: Of the writes between steps that precede it, how many it has seen.
+        run_s: Seconds that these steps have taken, all processes together.
         size_bytes: Of both files.
         pinned: As in `Checkpoint`.
         content: As in `Checkpoint`.
@@ -156,6 +157,7 @@ class Entry:
     name: str
     step: int
     turn: int
+    run_s: float
     size_bytes: int
     pinned: bool
     content: Mapping[str, Any] = field(compare=False, repr=False)
@@ -170,6 +172,7 @@ def entry_of(checkpoint: Checkpoint, written: Written) -> Entry:
         name=checkpoint.name,
         step=checkpoint.step,
         turn=checkpoint.content["turn"],
+        run_s=checkpoint.content["run_s"],
         size_bytes=written.size_bytes,
         pinned=checkpoint.pinned,
         content=cursor,
@@ -188,6 +191,7 @@ def entries(folder: Path) -> tuple[list[Entry], list[str]]:
                 name=path.stem,
                 step=document["step"],
                 turn=document["content"]["turn"],
+                run_s=document["content"]["run_s"],
                 size_bytes=document["arrays_size_bytes"] + path.stat().st_size,
                 pinned=document["pinned"],
                 content=document["content"],

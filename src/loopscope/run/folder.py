@@ -23,6 +23,15 @@ FORMAT = 1
 """The version of the format, in run.json and in the journal."""
 
 
+def unwritable(path: Path, error: Exception) -> RunError:
+    """The refusal of a folder that cannot be written, before anything is trained."""
+    reason = getattr(error, "strerror", None) or error
+    return RunError(
+        f"The run folder {str(path)!r} cannot be written: {reason}. Nothing was "
+        "trained. Give `run` a folder that can be written."
+    )
+
+
 @dataclass(frozen=True)
 class Folder:
     """A run folder, by path. Making one reads nothing."""
@@ -84,15 +93,26 @@ class Folder:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
+            raise unwritable(self.path, error) from error
+        left = [*self.path.glob("journal.*")]
+        left += self.checkpoints_path.glob("*.json")
+        if left and not self.exists:
             raise RunError(
-                f"The run folder {str(self.path)!r} cannot be written: "
-                f"{error.strerror or error}. Nothing was trained. Give `run` a folder "
-                "that can be written."
-            ) from error
+                f"{str(self.path)!r} holds {left[0].name!r} and no run.json: a run "
+                "that has lost its manifest, or a part of one. Put run.json back, or "
+                "give the run another folder."
+            )
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write run.json; from now on the folder is a run."""
         files.write(self.manifest_path, files.seal({"format": FORMAT, **manifest}))
+
+    def forget(self) -> None:
+        """Take away what a run has left that never came to its first checkpoint."""
+        for path in self.path.glob("journal.sqlite*"):
+            path.unlink(missing_ok=True)
+        self.manifest_path.unlink(missing_ok=True)
+        self.__dict__.pop("manifest", None)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:

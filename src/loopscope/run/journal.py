@@ -83,6 +83,11 @@ def crc(row: Iterable[Any]) -> int:
     return value
 
 
+def _crc_of(table: str, row: Iterable[Any]) -> int:
+    """Of a row with the name of its table first: one of another table is none of it."""
+    return crc((table, *row))
+
+
 def _bytes(column: Any) -> tuple[bytes, bytes]:
     if isinstance(column, bytes):
         return b"B", column
@@ -147,7 +152,7 @@ class JournalWriter:
         marks = ", ".join("?" * (len(TABLES[table]) + 1))
         self._db.executemany(
             f"INSERT OR REPLACE INTO {table} VALUES ({marks})",
-            [(*row, crc(row)) for row in rows],
+            [(*row, _crc_of(table, row)) for row in rows],
         )
 
     def next_event(self) -> int:
@@ -168,7 +173,7 @@ class JournalWriter:
         rows = self._db.execute(f"SELECT {columns}, crc FROM steps").fetchall()
         for row in rows:
             first, name, count, dtype, data, time, check = row
-            whole = crc(row[:-1]) == check
+            whole = _crc_of("steps", row[:-1]) == check
             if whole and first + count <= step:
                 continue
             self._db.execute(
@@ -194,9 +199,9 @@ class JournalWriter:
         )
 
     def replace_events(self, rows: Sequence[Row]) -> None:
-        """Forget every event; put in rows that have their CRC."""
+        """Forget every event, and begin with these."""
         self._db.execute("DELETE FROM events")
-        self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self.put("events", rows)
 
     def close(self, *, tidy: bool = True) -> None:
         """Close the file; if tidy, leave one file that can be read anywhere."""
@@ -232,13 +237,15 @@ class JournalReader:
         path: The file.
         live: Whether a process may be writing it. Otherwise, where a crash has left a
             log beside the file, both are read from a copy.
+        first: The number of the run's first step.
 
     Raises:
         RunError: There is none, it is damaged, or of a later version.
     """
 
-    def __init__(self, path: Path, *, live: bool) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, live: bool, first: int = 0) -> None:
+        self._path, self._first = path, first
+        self._steps: list[tuple[Row, bool]] | None = None
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         if not path.exists():
             raise RunError(f"There is no journal {str(path)!r}")
@@ -257,9 +264,14 @@ class JournalReader:
             try:
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
                 (owner,) = self._db.execute("PRAGMA application_id").fetchone()
+                (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             except BaseException:
                 self.close()
                 raise
+        # One bit in a page's count of rows lets rows vanish that no checksum misses.
+        if found != "ok":
+            self.close()
+            raise RunError(f"{self._path} is damaged: {found}")
         if owner != APPLICATION or version < 1:
             self.close()
             raise RunError(f"{self._path} is damaged: it does not say it is a journal")
@@ -290,12 +302,15 @@ class JournalReader:
                 values,
             ).fetchall()
         for row in found:
-            if crc(row[:-1]) != row[-1]:
-                raise RunError(
-                    f"{self._path} is damaged: the row {row[0]!r} of {table!r} does "
-                    "not match its checksum"
-                )
+            if _crc_of(table, row[:-1]) != row[-1]:
+                raise self._damaged(table, row)
         return [row[:-1] for row in found]
+
+    def _damaged(self, table: str, row: Row) -> RunError:
+        return RunError(
+            f"{self._path} is damaged: the row {row[0]!r} of {table!r} does not match "
+            "its checksum"
+        )
 
     def scalars(
         self, name: str | None = None, first: int = 0, stop: int | None = None
@@ -310,13 +325,14 @@ class JournalReader:
         Raises:
             RunError: A row is damaged, or steps are missing between others.
         """
-        where, values = "WHERE first + count > ?", [first]
-        if stop is not None:
-            where, values = where + " AND first < ?", [*values, stop]
         parts: dict[str, list[np.ndarray]] = {}
         begins: dict[str, int] = {}
         ends: dict[str, int] = {}
-        for at, found, count, dtype, data, _ in self.rows("steps", where, *values):
+        # All rows, not those that a query would choose by a key that may be damaged.
+        for row, whole in self._step_rows():
+            if not whole:
+                raise self._damaged("steps", row)
+            at, found, count, dtype, data, _ = row
             if name is not None and found != name:
                 continue
             if ends.setdefault(found, at) != at:
@@ -324,16 +340,23 @@ class JournalReader:
                     f"{self._path} is damaged: steps {ends[found]} to {at - 1} of "
                     f"{found!r} are missing"
                 )
-            parts.setdefault(found, []).append(np.frombuffer(data, np.dtype(dtype)))
             begins.setdefault(found, at)
             ends[found] = at + count
-        joined = {}
-        for found, arrays in parts.items():
-            low = max(0, first - begins[found])
-            high = None if stop is None else max(low, stop - begins[found])
-            array = np.concatenate(arrays)[low:high]
-            joined[found] = (begins[found] + low, array)
-        return joined
+            if at + count > first and (stop is None or at < stop):
+                array = np.frombuffer(data, np.dtype(dtype))
+                high = None if stop is None else stop - at
+                part = array[max(0, first - at) : high]
+                parts.setdefault(found, []).append(part)
+        begin = min(begins.values(), default=self._first)
+        if begin != self._first:
+            raise RunError(
+                f"{self._path} is damaged: steps {self._first} to {begin - 1} are "
+                "missing"
+            )
+        return {
+            found: (max(first, begins[found]), np.concatenate(arrays))
+            for found, arrays in parts.items()
+        }
 
     def epochs(self) -> list[EpochRow]:
         """Every epoch that has begun."""
@@ -369,27 +392,34 @@ class JournalReader:
 
         The number of the step that comes after them.
         """
-        with self._reading():
-            rows = self._db.execute(
-                "SELECT first, name, count, dtype, data, time, crc FROM steps "
-                "ORDER BY first, name"
-            ).fetchall()
         ends: dict[str, int] = {}
-        for row in rows:
+        for row, whole in self._step_rows():
             at, name, count = row[:3]
-            if crc(row[:-1]) != row[-1] or ends.get(name, at) != at:
-                known = list(ends.values())
-                return min([at, *known]) if type(at) is int else min(known, default=0)
+            expected = ends.get(name, at if ends else self._first)
+            if not whole or at != expected:
+                known = [*ends.values(), at if type(at) is int else self._first]
+                return max(self._first, min(known)) if ends else self._first
             ends[name] = at + count
-        return min(ends.values(), default=0)
+        return min(ends.values(), default=self._first)
 
     def recorded(self) -> int:
-        """The number of the step after the last one there is."""
+        """The number of the step after the last one that is there, undamaged."""
+        ends = [row[0] + row[2] for row, whole in self._step_rows() if whole]
+        return max(ends, default=self._first)
+
+    def _step_rows(self) -> list[tuple[Row, bool]]:
+        """Every row of steps, and whether it is what was written; read once."""
+        if self._steps is not None:
+            return self._steps
+        columns = ", ".join(TABLES["steps"])
         with self._reading():
-            (last,) = self._db.execute(
-                "SELECT max(first + count) FROM steps"
-            ).fetchone()
-        return int(last or 0)
+            rows = self._db.execute(
+                f"SELECT {columns}, crc FROM steps ORDER BY {_KEYS['steps']}"
+            ).fetchall()
+        self._steps = [
+            (row[:-1], _crc_of("steps", row[:-1]) == row[-1]) for row in rows
+        ]
+        return self._steps
 
     def check(self) -> None:
         """Read everything but the values of steps.
@@ -397,10 +427,6 @@ class JournalReader:
         Raises:
             RunError: Something is damaged.
         """
-        with self._reading():
-            (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise RunError(f"{self._path} is damaged: {found}")
         for table in ("epochs", "checkpoints", "writes", "facts"):
             self.rows(table)
         self.events()

@@ -6,6 +6,7 @@ the file's text says who has it, for whoever is refused.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -72,7 +73,8 @@ class Lock:
     def release(self) -> None:
         """Let go of it."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # Of what a full disk did not take.
+                self._file.close()
             self._file = None
 
 

@@ -7,6 +7,7 @@ model) stays as the callback itself makes it. `CSVLogger` also has a place in it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.errors import RunError
+from loopscope.run import files
 from loopscope.run.plain import Arrays, NotPlain, decode, encode
 
 _NEVER = frozenset({"model", "_model", "params", "validation_data"})
@@ -91,13 +93,14 @@ def before_training(
                 f"The log {str(path)!r} of {type(callback).__name__} has {size} bytes; "
                 f"{place} had been written when the checkpoint was made. Put it back."
             )
-        with path.open("rb") as file:
-            kept = file.read(place)
         if move_to is not None:
+            with path.open("rb") as file:
+                kept = file.read(place)
             path = move_to / path.name
             callback.filename = str(path)
-        if move_to is not None or size > place:
-            path.write_bytes(kept)
+            files.write(path, kept)
+        elif size > place:
+            os.truncate(path, place)  # At no instant is it shorter than that.
 
 
 def restore(

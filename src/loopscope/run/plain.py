@@ -27,6 +27,13 @@ def encode(value: Any, arrays: Arrays, name: str) -> Any:
     Raises:
         NotPlain: There is something in it that is not plain data.
     """
+    try:
+        return _encode(value, arrays, name)
+    except RecursionError as error:
+        raise NotPlain(f"{name}: it holds itself, or is nested too deep") from error
+
+
+def _encode(value: Any, arrays: Arrays, name: str) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -34,13 +41,13 @@ def encode(value: Any, arrays: Arrays, name: str) -> Any:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind in (list, tuple, set, frozenset):
         items = sorted(value, key=repr) if kind in (set, frozenset) else value
-        parts = [encode(v, arrays, f"{name}/{i}") for i, v in enumerate(items)]
+        parts = [_encode(v, arrays, f"{name}/{i}") for i, v in enumerate(items)]
         return parts if kind is list else {f"${kind.__name__}": parts}
-    if isinstance(value, dict):
+    if kind is dict:
         if all(type(k) is str and not k.startswith("$") for k in value):
-            return {k: encode(v, arrays, f"{name}/{k}") for k, v in value.items()}
+            return {k: _encode(v, arrays, f"{name}/{k}") for k, v in value.items()}
         pairs = [
-            [encode(k, arrays, f"{name}/key"), encode(v, arrays, f"{name}/{k}")]
+            [_encode(k, arrays, f"{name}/key"), _encode(v, arrays, f"{name}/{k}")]
             for k, v in value.items()
         ]
         return {"$dict": pairs}
@@ -48,10 +55,19 @@ def encode(value: Any, arrays: Arrays, name: str) -> Any:
         return {"$bytes": value.hex()}
     if isinstance(value, np.generic) and value.dtype.kind in "biuf":
         return {"$number": [value.dtype.name, value.tobytes().hex()]}
-    if kind is np.ndarray and value.dtype.kind in "biufc":
-        arrays[name] = value
-        return {"$array": name}
+    if kind is np.ndarray and (value.dtype.kind in "biufc" or _is_narrow(value.dtype)):
+        free, count = name, 1
+        while free in arrays:
+            count += 1
+            free = f"{name}#{count}"
+        arrays[free] = value
+        return {"$array": free}
     raise NotPlain(f"{name}: {kind.__name__}")
+
+
+def _is_narrow(dtype: np.dtype[Any]) -> bool:
+    """Whether it is bfloat16 or one of its like, which NumPy itself does not know."""
+    return dtype.kind == "V" and dtype.type.__module__ == "ml_dtypes"
 
 
 def encode_specs(specs: Any) -> Any:

@@ -62,7 +62,11 @@ class Summary:
 @contextmanager
 def journal(folder: Folder) -> Iterator[JournalReader]:
     """A run's journal, for reading."""
-    reader = JournalReader(folder.journal_path, live=folder.writer() is not None)
+    reader = JournalReader(
+        folder.journal_path,
+        live=folder.writer() is not None,
+        first=folder.manifest["first_step"],
+    )
     try:
         yield reader
     finally:
@@ -74,12 +78,12 @@ def summary(folder: Folder) -> Summary:
     path = str(folder.path)
     try:
         manifest = folder.manifest
-        found, _ = checkpoint.entries(folder.checkpoints_path)
+        found, problems = checkpoint.entries(folder.checkpoints_path)
         writer = folder.writer()
         with journal(folder) as reader:
             epochs = [e for e in reader.epochs() if e.steps is not None]
             first = manifest["first_step"]
-            last = max(first, reader.recorded())
+            last = reader.recorded()
             tail = reader.scalars(None, max(first, last - 1))
     except LoopscopeError as error:
         return Summary(path, "damaged", problem=str(error))
@@ -100,6 +104,7 @@ def summary(folder: Folder) -> Summary:
         loss=float(loss[-1]) if loss is not None and len(loss) else None,
         size_bytes=sum(f.stat().st_size for f in folder.path.rglob("*") if f.is_file()),
         writer=writer,
+        problem="; ".join(problems),
     )
 
 
@@ -122,7 +127,8 @@ def steps(folder: Folder) -> dict[str, np.ndarray]:
     first = min(at for at, _ in found.values())
     stop = max(at + len(values) for at, values in found.values())
     columns: dict[str, np.ndarray] = {"step": np.arange(first, stop)}
-    for name, (at, values) in found.items():
+    for given, (at, values) in found.items():
+        name = f"{given} (output)" if given == "step" else given
         if len(values) == stop - first:
             columns[name] = values
             continue
@@ -136,17 +142,20 @@ def epochs(folder: Folder) -> list[dict[str, Any]]:
     """Every epoch that is over: epoch, first_step, steps, seconds, and its metrics."""
     with journal(folder) as reader:
         rows = reader.epochs()
-    return [
-        {
+    found = []
+    for r in rows:
+        if r.steps is None:
+            continue
+        row: dict[str, Any] = {
             "epoch": r.epoch,
             "first_step": r.first_step,
             "steps": r.steps,
             "seconds": r.wall_s,
-            **decode(r.logs or {}, {}),
         }
-        for r in rows
-        if r.steps is not None
-    ]
+        for name, value in decode(r.logs or {}, {}).items():
+            row[f"{name} (metric)" if name in row else name] = value
+        found.append(row)
+    return found
 
 
 def curve(
@@ -164,12 +173,17 @@ def curve(
     size = max(1, -(-len(values) // points))
     starts = np.arange(0, len(values), size)
     finite = np.isfinite(values)
-    known = np.where(finite, values, 0).astype(np.float64)
-    counts = np.add.reduceat(finite, starts)
+    low_of = high_of = known = values
+    counts = np.diff(np.append(starts, len(values)))
+    if not finite.all():
+        counts = np.add.reduceat(finite, starts, dtype=np.int64)
+        known = np.where(finite, values, 0)
+        low_of = np.where(finite, values, np.inf)
+        high_of = np.where(finite, values, -np.inf)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.add.reduceat(known, starts) / counts
-    low = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
-    high = np.maximum.reduceat(np.where(finite, values, -np.inf), starts)
+        mean = np.add.reduceat(known, starts, dtype=np.float64) / counts
+    low = np.minimum.reduceat(low_of, starts)
+    high = np.maximum.reduceat(high_of, starts)
     return first + starts, mean, low, high
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import sys
 import time
 import traceback
@@ -45,7 +46,7 @@ from loopscope.run import (
     signals,
 )
 from loopscope.run.checkpoint import Checkpoint
-from loopscope.run.folder import Folder
+from loopscope.run.folder import Folder, unwritable
 from loopscope.run.journal import JournalWriter
 from loopscope.run.plain import Arrays, NotPlain, encode
 from loopscope.run.recording import Recording
@@ -116,6 +117,8 @@ class Recorder:
         """Groups of writes that were recorded before the next step."""
         self._saved_step, self._saved_s = -1, time.monotonic()
         self._saved_name = ""
+        self._run_s = self._saved_run_s = 0.0
+        """Seconds that all steps have taken; when the last checkpoint was made."""
         self._gear: str | None = None
         """In which the last steps were run."""
         self._first_step, self._passes = 0, 0
@@ -123,7 +126,9 @@ class Recorder:
         self._passed: Standing | None = None
         """Where the last pass over training data has led."""
         self._best: float | None = None
+        self._best_name: str | None = None
         self._best_waits: _Captured | None = None
+        """The best checkpoint, where there was no time yet to write it."""
         self._remembers = True
         """Whether the callbacks are those of before, so that they can be set back."""
         self._differences: list[dict[str, Any]] = []
@@ -164,6 +169,7 @@ class Recorder:
             raise
         else:
             self._end(None)
+            self._leave("is finished")
         finally:
             loop.saves(None)
             loop.unsubscribe(self._hear_first)
@@ -174,16 +180,19 @@ class Recorder:
 
     def _begin(self, source: Source | None, arguments: Mapping[str, Any]) -> None:
         checkpoint.clean(self._folder.checkpoints_path)
-        self._folder.write_manifest(
-            about.manifest(
-                self._loop,
-                self._how,
-                source,
-                None if self._listener is None else self._callbacks,
-                arguments,
-            )
+        manifest = about.manifest(
+            self._loop,
+            self._how,
+            source,
+            None if self._listener is None else self._callbacks,
+            arguments,
         )
-        self._open(JournalWriter(self._folder.journal_path))
+        try:
+            self._folder.write_manifest(manifest)
+            self._open(JournalWriter(self._folder.journal_path))
+        except (OSError, sqlite3.Error) as error:
+            self._folder.forget()
+            raise unwritable(self._folder.path, error) from error
         gear = self._loop.gear
         choice = self._loop.choice
         self._event(
@@ -224,7 +233,8 @@ class Recorder:
             )
 
     def _open(self, journal: JournalWriter) -> None:
-        limits = Limits(self._how.replay_steps, self._how.disk_bytes)
+        how = self._how
+        limits = Limits(how.replay_steps, how.replay_s, how.disk_bytes)
         self._writer = Writer(self._folder, journal, limits)
 
     def _go_on(self) -> None:
@@ -233,19 +243,23 @@ class Recorder:
         assert past is not None
         _refuse_other_batches(past, self._loop.data)
         standing, turn = past.standing, past.checkpoint.content["turn"]
-        journal = JournalWriter(self._folder.journal_path)
         cursor = standing.cursor
-        with journal.transaction(durable=True):
-            journal.cut(standing.step, turn, cursor.epoch, begun=cursor.begun)
+        try:
+            journal = JournalWriter(self._folder.journal_path)
+            with journal.transaction(durable=True):
+                journal.cut(standing.step, turn, cursor.epoch, begun=cursor.begun)
+        except (OSError, sqlite3.Error) as error:
+            raise unwritable(self._folder.path, error) from error
         checkpoint.cut(self._folder.checkpoints_path, past.checkpoint)
         checkpoint.clean(self._folder.checkpoints_path)
         self._open(journal)
         self._turn = turn
         self._saved_step, self._saved_s = standing.step, time.monotonic()
         self._saved_name = past.checkpoint.name
+        self._run_s = self._saved_run_s = past.checkpoint.content["run_s"]
         self._gear = standing.gear
         best = past.checkpoint.content["best"]
-        self._best = best["value"]
+        self._best, self._best_name = best["value"], best["name"]
         assert self._writer is not None
         self._writer.best = best["name"]
         self._event(
@@ -361,6 +375,7 @@ class Recorder:
     def _after_chunk(self, event: ChunkEnd) -> None:
         if self._writer is None:
             return
+        self._run_s += event.wall_s
         values = {n: _number(v) for n, v in event.outputs.items() if _is_scalar(v)}
         self._writer.scalars(event.step, values)
         within = self._listener is not None and self._listener.within_call
@@ -370,7 +385,9 @@ class Recorder:
             return
         elapsed_s = time.monotonic() - self._saved_s
         due = self._loop.step - self._saved_step >= self._how.replay_steps
-        late = elapsed_s >= max(self._how.every_s, self._writer.cost_s / COST)
+        cost_s, run_s = self._writer.cost_s, self._run_s - self._saved_run_s
+        late = elapsed_s >= max(self._how.every_s, cost_s / COST)
+        late |= run_s >= self._how.replay_s and elapsed_s >= 60 * cost_s
         if self._asked or due or (late and not self._writer.saving):
             self._make_room()
             self._save()
@@ -467,14 +484,18 @@ class Recorder:
 
     def _put(self, captured: _Captured, *, best: bool = False) -> None:
         assert self._writer is not None
-        if self._best_waits is not None and not best:
-            self._writer.save(self._best_waits.make, best=True)
-        self._best_waits, self._asked = None, False
+        waits, self._best_waits, self._asked = self._best_waits, None, False
+        if best:
+            self._best_name = captured.name
+        elif waits is not None:
+            self._best_name = waits.name
+            self._writer.save(waits.make, best=True)
         if captured.name == self._saved_name:
             return  # It is there already, and would not be while it is written.
         self._writer.save(captured.make, best=best)
         self._saved_name = captured.name
         self._saved_step, self._saved_s = self._loop.step, time.monotonic()
+        self._saved_run_s = self._run_s
 
     def _capture(
         self,
@@ -490,9 +511,10 @@ class Recorder:
         extra: Arrays = {}
         source = self._loop.data
         name = checkpoint.name_of(at.step, self._turn, finished=finished)
-        known = self._writer.best if self._writer is not None else None
+        waits = self._best_waits
         content = {
             "turn": self._turn,
+            "run_s": self._run_s,
             "finished": finished,
             "cursor": asdict(at.cursor),
             "seed": at.seed,
@@ -510,7 +532,10 @@ class Recorder:
             "logs": _encoded(at.logs, extra, "logs"),
             "callbacks": memory.capture(self._callbacks, extra),
             "marks": dict(source.marks()) if source is not None else {},
-            "best": {"value": self._best, "name": name if best else known},
+            "best": {
+                "value": self._best,
+                "name": name if best else waits.name if waits else self._best_name,
+            },
         }
         # Attributes of callbacks may be arrays that they go on changing.
         extra = {name: array.copy() for name, array in extra.items()}
@@ -547,7 +572,13 @@ class Recorder:
         self._event("signal", signal=name)
         self._writer.wait()
         saved = standing.step if standing is not None else self._loop.step
-        where = f"the run {str(self._folder.path)!r} is saved before step {saved}"
+        self._leave(f"is saved before step {saved}")
+
+    def _leave(self, how: str) -> None:
+        if self._signal is None:
+            return
+        name = signal.Signals(self._signal).name
+        where = f"the run {str(self._folder.path)!r} {how}"
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt(where)
         print(f"loopscope: {name}; {where}", file=sys.stderr)

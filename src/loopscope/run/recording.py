@@ -23,6 +23,8 @@ class Recording:
         path: The run folder.
         replay_steps: The most steps between two checkpoints, so that any step can be
             had again by running no more than that.
+        replay_s: Seconds of steps after which a checkpoint is made already, as long as
+            checkpoints take no more than a sixtieth of the time.
         every_s: Seconds after which a checkpoint is made in any case.
         disk_bytes: The most that all checkpoints may take; beyond it older ones are
             thinned further. The first, the newest two and the best always stay.
@@ -35,8 +37,9 @@ class Recording:
 
     path: str | os.PathLike[str]
     replay_steps: int = 2000
+    replay_s: float = 0.5
     every_s: float = 60.0
-    disk_bytes: int = 4 * 2**30
+    disk_bytes: int = 2**30
     monitor: str = "val_loss"
 
     def __post_init__(self) -> None:
@@ -46,7 +49,7 @@ class Recording:
                 "`run` must be the path of a folder, or a `loopscope.Recording`. "
                 f"Received: run={self.path!r}"
             )
-        for name in ("replay_steps", "every_s", "disk_bytes"):
+        for name in ("replay_steps", "replay_s", "every_s", "disk_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 value = 0

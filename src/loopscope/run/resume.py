@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loopscope.errors import RunError, UsageError
 from loopscope.run import checkpoint as checkpoints
 from loopscope.run.checkpoint import Checkpoint
-from loopscope.run.folder import Folder
+from loopscope.run.folder import Folder, unwritable
 from loopscope.run.journal import JournalReader
 from loopscope.run.plain import decode
 from loopscope.run.recorder import Past, Recorder
@@ -61,8 +61,11 @@ def recording(
         )
     folder.make()
     lock = folder.lock()
-    lock.acquire()
     try:
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise unwritable(folder.path, error) from error
         past = None
         if folder.exists:
             manifest = folder.manifest
@@ -70,7 +73,7 @@ def recording(
                 how = Recording(how.path, **manifest["recording"])
             past = find(folder, epochs, anyway=resume == ANYWAY)
             if past is None:
-                _empty(folder)
+                folder.forget()
         if past is not None:
             loop.adopt(past.standing)
             loop.go_on_from(past.standing)
@@ -96,11 +99,13 @@ def find(folder: Folder, epochs: int, *, anyway: bool) -> Past | None:
             damaged, and it may not be begun anew.
     """
     found, notes = checkpoints.entries(folder.checkpoints_path)
-    if not found and not notes:
-        return None
     first: int = folder.manifest["first_step"]
     try:
+        if not found and not notes and not folder.journal_path.exists():
+            return None
         state = _journal(folder, first)
+        if not found and not notes and state.recorded == first:
+            return None
     except RunError as error:
         if not anyway:
             raise RunError(
@@ -110,12 +115,22 @@ def find(folder: Folder, epochs: int, *, anyway: bool) -> Past | None:
             ) from error
         notes.append(f"{error}; begun anew")
         _put_aside(folder)
-        state = _Journal(first, first, None)
+        state = _Journal(first, first, None, whole=False)
     if state.damage:
         notes.append(state.damage)
     for entry in reversed(found):
         finished = bool(entry.content["finished"])
         if finished and not _is_over(entry.content, epochs):
+            continue
+        lacking = [
+            epoch
+            for epoch, _ in entry.content["passes"]
+            if epoch not in dict(state.history)
+        ]
+        if lacking and state.whole:
+            notes.append(
+                f"the journal lacks epoch {lacking[0]} before checkpoint {entry.name}"
+            )
             continue
         if entry.step > state.covered:
             notes.append(
@@ -178,6 +193,8 @@ class _Journal:
     data: str | None
     history: Sequence[tuple[int, Mapping[str, Any]]] = ()
     damage: str = ""
+    whole: bool = True
+    """Whether it is the run's, not one that is begun anew."""
 
 
 def _journal(folder: Folder, first: int) -> _Journal:
@@ -186,16 +203,16 @@ def _journal(folder: Folder, first: int) -> _Journal:
     Raises:
         RunError: Something in it but the values of steps is damaged.
     """
-    reader = JournalReader(folder.journal_path, live=False)
+    reader = JournalReader(folder.journal_path, live=False, first=first)
     try:
         reader.check()
         covered, recorded = reader.covered(), reader.recorded()
         damage = ""
         if covered < recorded:
-            damage = f"the journal is damaged at step {max(first, covered)}"
+            damage = f"the journal is damaged at step {covered}"
         return _Journal(
-            max(first, covered),
-            max(first, recorded),
+            covered,
+            recorded,
             reader.fact("data"),
             [(e.epoch, decode(e.logs, {})) for e in reader.epochs() if e.logs],
             damage,
@@ -212,11 +229,3 @@ def _is_over(content: Any, epochs: int) -> bool:
 def _put_aside(folder: Folder) -> None:
     for path in folder.path.glob("journal.sqlite*"):
         path.replace(path.with_name(path.name.replace("journal", "journal.damaged")))
-
-
-def _empty(folder: Folder) -> None:
-    """Take away what a run has left that never came to its first checkpoint."""
-    for path in folder.path.glob("journal.sqlite*"):
-        path.unlink(missing_ok=True)
-    folder.manifest_path.unlink(missing_ok=True)
-    folder.__dict__.pop("manifest", None)

@@ -54,10 +54,12 @@ class Limits:
 
     Attributes:
         replay_steps: The most steps between two, as long as the disk allows.
+        replay_s: The most seconds that those steps have taken, likewise.
         disk_bytes: The most that all of them may take.
     """
 
     replay_steps: int
+    replay_s: float
     disk_bytes: int
 
 
@@ -151,7 +153,7 @@ class Writer:
                 try:
                     ended = self._take(kind, rest) or ended
                 except Exception as error:  # Training must go on, whatever it is.
-                    self._say(f"recording failed: {type(error).__name__}: {error}")
+                    self._say("failed", f"recording failed: {error!r}")
             self._flush()
 
     def _take(self, kind: str, rest: list[Any]) -> bool:
@@ -212,8 +214,9 @@ class Writer:
                 self._give_up(f"the journal cannot be written ({error})")
             else:
                 self._say(
+                    "journal",
                     f"the journal cannot be written ({error}); what happens is kept in "
-                    "memory and written when it can be"
+                    "memory and written when it can be, checkpoints after that",
                 )
             return False
         self._batch = Batch()
@@ -224,15 +227,18 @@ class Writer:
         made = make()
         # Journal first: a checkpoint whose steps are not recorded would leave a gap.
         if not self._flush(durable=True):
-            self._say("no checkpoint is written while the journal cannot be")
             return
         try:
             written = checkpoints.write(self._folder.checkpoints_path, made)
         except (OSError, RunError) as error:
-            self._say(
-                f"the checkpoint before step {made.step} could not be written "
-                f"({error}); the ones before it stay, and it is tried again later"
-            )
+            if _inode(self._folder) != self._identity:
+                self._give_up(f"the run folder {self._folder.path} is gone")
+            else:
+                self._say(
+                    "checkpoint",
+                    f"the checkpoint before step {made.step} could not be written "
+                    f"({error}); the ones before it stay, and it is tried again later",
+                )
             return
         cursor = made.content["cursor"]
         self._batch.rows.append(
@@ -263,8 +269,9 @@ class Writer:
     def _thin(self) -> None:
         """Let go of checkpoints that are not needed."""
         gone = superfluous(
-            [Kept(e.name, e.step, e.size_bytes, e.pinned) for e in self._kept],
+            [Kept(e.name, e.step, e.size_bytes, e.pinned, e.run_s) for e in self._kept],
             replay_steps=self._limits.replay_steps,
+            replay_s=self._limits.replay_s,
             disk_bytes=self._limits.disk_bytes,
             always=[self.best] if self.best else [],
         )
@@ -291,10 +298,10 @@ class Writer:
     def _give_up(self, why: str) -> None:
         self.failed = True
         self._batch = Batch()
-        self._say(f"{why}; recording ends here, training goes on")
+        self._say("end", f"{why}; recording ends here, training goes on")
 
-    def _say(self, problem: str) -> None:
-        kind = problem.partition("(")[0]
+    def _say(self, kind: str, problem: str) -> None:
+        """Let the thread that trains say it, once of each kind."""
         if kind not in self._said:
             self._said.add(kind)
             self.problems.put(problem)
