@@ -362,7 +362,7 @@ def test_a_backend_without_a_room_is_refused(monkeypatch):
 
 def test_two_reads_are_the_same_until_the_variable_is_assigned():
     room = backend.current()
-    values = [np.zeros((3, 2), "float32"), np.float32(1), np.int64(2)]
+    values = [np.zeros((3, 2), "float32"), np.float32(1), np.int32(2)]
     for value in values:
         variable = keras.Variable(value, dtype=value.dtype.name)
         before, again = room.read(variable), room.read(variable)
