@@ -84,8 +84,8 @@ def page_headers(data):
     return [range(start, start + 8) for start in _pages(data)]
 
 
-def first_row(data, table):
-    """The places of the first bytes of a table's first row: its keys are in them."""
+def first_rows(data, table, count):
+    """The places of the first bytes of a table's first rows: keys are in them."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / JOURNAL).write_bytes(data)
         journal = sqlite3.connect(Path(folder) / JOURNAL)
@@ -94,8 +94,8 @@ def first_row(data, table):
         journal.close()
     start = (page - 1) * struct.unpack(">H", data[16:18])[0]
     assert data[start] == 10, "a table of one page"
-    row = start + struct.unpack(">H", data[start + 8 : start + 10])[0]
-    return range(row, row + 14)
+    cells = struct.unpack(f">{count}H", data[start + 8 : start + 8 + 2 * count])
+    return [place for cell in cells for place in range(start + cell, start + cell + 14)]
 
 
 def _flip(data, place, bit):
@@ -153,12 +153,12 @@ class Sound:
         self._rows = {name: read(self.path) for name, read in ROWS.items()}
         self._summary = reading.summary(Folder(self.path))
 
-    def outcomes(self, name, damages):
+    def outcomes(self, name, damages, asks=None):
         """What came of each damage to a file: how often what, and what is wrong."""
         counts, wrong = Counter(), []
         for data, where in damages:
             with self._damaged(name, data):
-                for ask in self._asks(name):
+                for ask in asks or self._asks(name):
                     try:
                         counts[f"{ask}: {self._told(ask, name)}"] += 1
                     except Exception as error:
@@ -265,12 +265,14 @@ class Sound:
             journal.close()
             reader = JournalReader(Path(place) / JOURNAL, live=False)
             try:
-                losses = reader.scalars("loss").get("loss", (0, np.zeros(0)))
+                scalars = reader.scalars()
                 epochs = [row.epoch for row in reader.epochs() if row.logs]
             finally:
                 reader.close()
-        if losses[0] or list(losses[1]) != list(self._steps["loss"][:step]):
-            raise Wrong(f"of steps 0 to {step}, {len(losses[1])} from {losses[0]} on")
+        for column in self._steps.keys() - {"step"}:
+            first, values = scalars.get(column, (0, np.zeros(0)))
+            if first or list(values) != list(self._steps[column][:step]):
+                raise Wrong(f"{column!r} has {len(values)} of {step} from {first} on")
         if epochs != [e for e in self._history if e < cursor.epoch]:
             raise Wrong(f"of epochs 0 to {cursor.epoch}, {epochs}")
         return "the past is whole"

@@ -7,7 +7,10 @@ import re
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
+from contextlib import closing, suppress
 
+import numpy as np
 import pytest
 from flips import (
     JOURNAL,
@@ -15,14 +18,14 @@ from flips import (
     Sound,
     emptied,
     every_flip,
-    first_row,
+    first_rows,
     flipped,
     missing,
     page_headers,
     structure_flipped,
     truncated,
 )
-from trainings import Ended, end, remembering, train, warned
+from trainings import Ended, end, remembering, train, two_outputs, warned
 
 from loopscope.errors import RunError
 from loopscope.run import reading
@@ -37,19 +40,24 @@ EPOCHS = 40
 FLIPS, MANY_FLIPS = 100, 500
 
 
+def trained(path=None, **options):
+    options = {"make": two_outputs, "epochs": EPOCHS, "more": remembering(), **options}
+    return train(path, **options)
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A run that ended in its 38th epoch."""
     path = tmp_path_factory.mktemp("interrupted") / "run"
     with pytest.raises(Ended):
-        train(path, epochs=EPOCHS, every=10, acts={37: end}, more=remembering())
+        trained(path, every=10, acts={37: end})
     return Sound(path, tmp_path_factory.mktemp("damaged"), EPOCHS)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("finished") / "run"
-    train(path, epochs=EPOCHS, every=10, more=remembering())
+    trained(path, every=10)
     return Sound(path, tmp_path_factory.mktemp("damaged"), EPOCHS)
 
 
@@ -159,8 +167,38 @@ def damaged_copy(run, tmp_path, name, data):
 def test_no_flipped_bit_in_the_keys_of_the_first_steps_is_missed(interrupted):
     # What a query selects by, and what says how far the journal reaches.
     data = interrupted.files[JOURNAL]
-    _, wrong = interrupted.outcomes(JOURNAL, every_flip(data, first_row(data, "steps")))
+    flips = every_flip(data, first_rows(data, "steps", 4))
+    _, wrong = interrupted.outcomes(JOURNAL, flips, asks=("steps", "cut"))
     assert not wrong, "\n".join(wrong[:5])
+
+
+def test_a_journal_reaches_no_further_than_a_row_whose_key_is_damaged(tmp_path):
+    # Of two outputs, from step 64 on: the end of one says nothing of the other.
+    path = tmp_path / JOURNAL
+    journal = JournalWriter(path)
+    values = np.arange(80, dtype="<f4")
+    for first in (64, 144):
+        for name in ("also", "loss"):
+            row = (first, name, 80, values.dtype.str, values.tobytes(), 1.5)
+            journal.put("steps", [row])
+    journal.close()
+    data = path.read_bytes()
+    reached = Counter()
+    for changed, where in every_flip(data, first_rows(data, "steps", 2)):
+        path.write_bytes(changed)
+        try:
+            reader = JournalReader(path, live=False, first=64)
+        except RunError:
+            continue
+        with closing(reader):
+            try:
+                whole = len(reader.scalars()["loss"][1]) == 160
+            except RunError:
+                whole = False
+            with suppress(RunError):
+                reached[reader.covered()] += 1
+                assert reader.covered() == (224 if whole else 64), where
+    assert reached[64] > 100
 
 
 def test_a_checkpoint_whose_epochs_the_journal_lacks_is_passed_over(
@@ -196,7 +234,7 @@ def test_a_run_that_has_lost_all_checkpoints_keeps_its_journal(interrupted, tmp_
     for file in (path / "checkpoints").iterdir():
         file.unlink()
     with pytest.raises(RunError, match="checkpoint"):
-        train(path, epochs=EPOCHS, resume=True, more=remembering())
+        trained(path, resume=True)
     assert (path / JOURNAL).read_bytes() == interrupted.files[JOURNAL]
     assert reading.summary(Folder(path)).steps == 304
 
@@ -207,10 +245,10 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_to_the_same_end(
     name = interrupted.newest("safetensors")
     path = damaged_copy(interrupted, tmp_path, name, b"")
     with warned() as said:
-        loop, history = train(path, epochs=EPOCHS, resume=True, more=remembering())
+        loop, history = trained(path, resume=True)
     assert len(said) == 1
     assert f"{name} is damaged" in said[0]
-    undisturbed, whole = train(epochs=EPOCHS, more=remembering())
+    undisturbed, whole = trained()
     assert loop.state.sha256() == undisturbed.state.sha256()
     assert history.history == whole.history
     assert reading.summary(Folder(path)).status == "finished"
@@ -221,12 +259,12 @@ def test_a_damaged_journal_is_kept_aside_when_told_to_go_on_anyway(
 ):
     path = damaged_copy(interrupted, tmp_path, JOURNAL, b"not a journal")
     with pytest.raises(RunError, match=r"journal\.sqlite is damaged.*--anyway"):
-        train(path, epochs=EPOCHS, resume=True, more=remembering())
+        trained(path, resume=True)
     with warned() as said:
-        loop, _ = train(path, epochs=EPOCHS, resume="anyway", more=remembering())
+        loop, _ = trained(path, resume="anyway")
     assert "journal.sqlite is damaged" in said[0]
     assert "begun anew" in said[0]
-    undisturbed, _ = train(epochs=EPOCHS, more=remembering())
+    undisturbed, _ = trained()
     assert loop.state.sha256() == undisturbed.state.sha256()
     assert (path / "journal.damaged.sqlite").read_bytes() == b"not a journal"
     assert len(reading.steps(Folder(path))["step"]) == EPOCHS * 8

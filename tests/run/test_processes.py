@@ -79,7 +79,7 @@ def test_a_lock_is_held_by_one_and_free_after_it(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", "null"])
+@pytest.mark.parametrize("text", ["", "\xff[1]"])
 def test_a_lock_whose_text_is_damaged_still_holds(text, tmp_path):
     path = tmp_path / "lock"
     held = Lock(path)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import keras
 from keras import layers
 
+import loopscope
 from loopscope import Recording
 from loopscope.events import ChunkEnd
 from models import FUSED, blobs, fresh, small_loop
@@ -61,6 +62,27 @@ def wide_loop(gear=FUSED, *, width=512, **options):
         ]
     )
     return small_loop(gear, model=model, **options)
+
+
+def two_outputs(gear=FUSED, **options):
+    """A loop whose steps return two numbers: a journal with more rows than one."""
+    loop = small_loop(gear, **options)
+    model = loop.model
+
+    @loop.train_step
+    def train_step(x, y):
+        def compute_loss():
+            y_pred = model(x, training=True)
+            return model.compute_loss(x, y, y_pred, training=True), y_pred
+
+        (loss, y_pred), gradients = loopscope.value_and_grad(
+            compute_loss, model.trainable_variables, has_aux=True
+        )
+        model.optimizer.apply(gradients, model.trainable_variables)
+        model.compute_metrics(x, y, y_pred)
+        return {"also": 2 * loss, "loss": loss}
+
+    return loop
 
 
 def train(

@@ -54,8 +54,9 @@ def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None
         "metrics": metrics,
         "seconds": seconds,
         "state_sha256": state,
-        "run": None if run is None else str(run),
     }
+    if run is not None:
+        result["run"] = str(run)
     if as_json:
         print_json(result)
         return
