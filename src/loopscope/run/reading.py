@@ -5,6 +5,7 @@ No framework is needed, and none is imported.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -102,7 +103,7 @@ def summary(folder: Folder) -> Summary:
         steps=last - first,
         resumable_step=open_ends[-1].step if open_ends else None,
         loss=float(loss[-1]) if loss is not None and len(loss) else None,
-        size_bytes=sum(f.stat().st_size for f in folder.path.rglob("*") if f.is_file()),
+        size_bytes=_size_bytes(folder.path),
         writer=writer,
         problem="; ".join(problems),
     )
@@ -185,6 +186,15 @@ def curve(
     low = np.minimum.reduceat(low_of, starts)
     high = np.maximum.reduceat(high_of, starts)
     return first + starts, mean, low, high
+
+
+def _size_bytes(path: Path) -> int:
+    """Of all files; those of a live run come and go."""
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def _loss_first(found: dict[str, tuple[int, np.ndarray]]) -> Sequence[np.ndarray]:
