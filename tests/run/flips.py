@@ -149,7 +149,7 @@ class Sound:
             closed = [row for row in journal.epochs() if row.logs]
         self._history = [row.epoch for row in closed]
         self._past = find(Folder(self.path), epochs, anyway=False)
-        self._steps = reading.steps(Folder(self.path))
+        self.steps = reading.steps(Folder(self.path))
         self._rows = {name: read(self.path) for name, read in ROWS.items()}
         self._summary = reading.summary(Folder(self.path))
 
@@ -269,16 +269,16 @@ class Sound:
                 epochs = [row.epoch for row in reader.epochs() if row.logs]
             finally:
                 reader.close()
-        for column in self._steps.keys() - {"step"}:
+        for column in self.steps.keys() - {"step"}:
             first, values = scalars.get(column, (0, np.zeros(0)))
-            if first or list(values) != list(self._steps[column][:step]):
+            if first or list(values) != list(self.steps[column][:step]):
                 raise Wrong(f"{column!r} has {len(values)} of {step} from {first} on")
         if epochs != [e for e in self._history if e < cursor.epoch]:
             raise Wrong(f"of epochs 0 to {cursor.epoch}, {epochs}")
         return "the past is whole"
 
     def _columns(self, name):
-        now, was = reading.steps(Folder(self.path)), self._steps
+        now, was = reading.steps(Folder(self.path)), self.steps
         size = len(now["step"])
         if name != WAL and size != len(was["step"]):
             raise Wrong(f"{size} steps of {len(was['step'])}")

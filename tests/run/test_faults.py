@@ -291,3 +291,20 @@ def test_checkpoints_that_are_removed_end_no_training(undisturbed, tmp_path):
         assert recorded(path, {3: lambda: remove(path / "checkpoints")}) == undisturbed
     assert len(said) == 1, said
     assert len(reading.steps(Folder(path))["step"]) == EPOCHS * STEPS
+
+
+# A branch.
+
+
+def test_a_branch_to_a_full_disk_is_refused_and_leaves_nothing(disk, tmp_path):
+    path = tmp_path / "run"
+    recorded(path)
+    before = reading.summary(Folder(path))
+    fill(disk)
+    with pytest.raises(RunError, match=r"cannot be written.*(full|No space)"):
+        loopscope.open_run(path).branch(30, disk / "new")
+    assert not (disk / "new").exists()
+    assert reading.summary(Folder(path)) == before
+    (disk / "ballast").unlink()
+    loopscope.open_run(path).branch(30, disk / "new")
+    assert reading.summary(Folder(disk / "new")).status == "interrupted"
