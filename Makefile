@@ -30,15 +30,7 @@ demo: $(DEMO) ## train the tutorial's model on MNIST, eager beside the fastest g
 PYTEST = TF_CPP_MIN_LOG_LEVEL=3 KERAS_BACKEND=$(1) $(BIN)/python -m pytest
 
 test: $(DEV) ## run the tests on TensorFlow and on JAX
-	@mkdir -p build
-	@echo "== tests on TensorFlow (those on JAX run beside them)"
-	@$(call PYTEST,jax) -p no:cacheprovider -m "not slow and not once" \
-	  > build/tests-jax.txt 2>&1 & jax=$$!; \
-	trap 'kill $$jax 2>/dev/null' INT TERM; \
-	$(call PYTEST,tensorflow) -m "not slow"; first=$$?; \
-	wait $$jax; second=$$?; \
-	echo "== tests on JAX"; cat build/tests-jax.txt; \
-	exit $$(( first | second ))
+	@$(BIN)/python tests/side_by_side.py
 
 # pytest ends with 5 when no test was left to run; here that is not a failure.
 test-slow: $(DEV) ## run the slow tests that `test` leaves out

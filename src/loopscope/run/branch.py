@@ -6,13 +6,14 @@ one did, to the same bits, and goes on with what was changed.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import uuid
 from typing import Any
 
 from loopscope.errors import RunError, UsageError
 from loopscope.run import checkpoint, files
-from loopscope.run.folder import Folder
+from loopscope.run.folder import Folder, unwritable
 from loopscope.run.journal import JournalReader, JournalWriter, text
 
 
@@ -54,8 +55,8 @@ def branch(
         start = _nearest(parent, step)
         new.make()
         lock = new.lock()
-        lock.acquire()
         try:
+            lock.acquire()
             for suffix in (".safetensors", ".json"):
                 name = f"{start.name}{suffix}"
                 data = (parent.checkpoints_path / name).read_bytes()
@@ -75,8 +76,13 @@ def branch(
                 "branch": changes,
             }
             new.write_manifest(manifest)
+        except (OSError, sqlite3.Error) as error:
+            checkpoint.remove(new.checkpoints_path, start.name)
+            new.forget()
+            raise unwritable(new.path, error) from error
         finally:
             lock.release()
+            new.leave_no_trace()
     finally:
         journal.close()
 

@@ -198,6 +198,8 @@ def entries(folder: Path) -> tuple[list[Entry], list[str]]:
                 state_sha256=document["state_sha256"],
                 sha256=document["arrays_sha256"],
             )
+        except FileNotFoundError:
+            continue  # It was let go just now.
         except (RunError, OSError, KeyError, TypeError) as error:
             problems.append(str(error))
         else:

@@ -9,6 +9,7 @@ lock                           who writes
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,6 +114,14 @@ class Folder:
             path.unlink(missing_ok=True)
         self.manifest_path.unlink(missing_ok=True)
         self.__dict__.pop("manifest", None)
+
+    def leave_no_trace(self) -> None:
+        """Take the folder away again if no run was begun in it."""
+        if not self.exists:
+            with contextlib.suppress(OSError):
+                self.lock_path.unlink(missing_ok=True)
+                self.checkpoints_path.rmdir()
+                self.path.rmdir()
 
     @cached_property
     def manifest(self) -> dict[str, Any]:

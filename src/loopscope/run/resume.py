@@ -6,7 +6,6 @@ and the machine are still the same is the part of changes.py.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,11 +80,7 @@ def recording(
     finally:
         loop.go_on_from(None)
         lock.release()
-        if not folder.exists:  # Refused before anything began: leave no trace.
-            with contextlib.suppress(OSError):
-                folder.lock_path.unlink()
-                folder.checkpoints_path.rmdir()
-                folder.path.rmdir()
+        folder.leave_no_trace()
 
 
 def find(folder: Folder, epochs: int, *, anyway: bool) -> Past | None:
