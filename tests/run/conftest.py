@@ -61,7 +61,7 @@ class Killed:
             _line(process, "began")
             ready = selectors.DefaultSelector()
             ready.register(process.stdout, selectors.EVENT_READ)
-            while not ready.select(0):
+            while not self.seen or not ready.select(0):
                 self.seen.append(
                     (reading.summary(Folder(path)), reading.steps(Folder(path)))
                 )

@@ -52,6 +52,8 @@ def branch(
                 f"The run has the steps {first} to {last - 1}. "
                 f"Received: --from-step {step}"
             )
+        journal.check()
+        journal.scalars()
         start = _nearest(parent, step)
         new.make()
         lock = new.lock()

@@ -171,15 +171,18 @@ class JournalWriter:
         """
         columns = ", ".join(TABLES["steps"])
         rows = self._db.execute(f"SELECT {columns}, crc FROM steps").fetchall()
-        for row in rows:
-            first, name, count, dtype, data, time, check = row
-            whole = _crc_of("steps", row[:-1]) == check
-            if whole and first + count <= step:
+        whole = [r[:-1] for r in rows if _crc_of("steps", r[:-1]) == r[-1]]
+        if len(whole) < len(rows):
+            # A row is not found by a key that is damaged: begin the table anew.
+            self._db.execute("DELETE FROM steps")
+            self.put("steps", whole)
+        for first, name, count, dtype, data, time in whole:
+            if first + count <= step:
                 continue
             self._db.execute(
-                "DELETE FROM steps WHERE first IS ? AND name IS ?", (first, name)
+                "DELETE FROM steps WHERE first = ? AND name = ?", (first, name)
             )
-            if whole and first < step:
+            if first < step:
                 size = np.dtype(dtype).itemsize * (step - first)
                 kept = (first, name, step - first, dtype, data[:size], time)
                 self.put("steps", [kept])
@@ -392,14 +395,17 @@ class JournalReader:
 
         The number of the step that comes after them.
         """
+        rows = self._step_rows()
+        damaged = any(not whole for _, whole in rows)
         ends: dict[str, int] = {}
-        for row, whole in self._step_rows():
-            at, name, count = row[:3]
-            expected = ends.get(name, at if ends else self._first)
-            if not whole or at != expected:
-                known = [*ends.values(), at if type(at) is int else self._first]
-                return max(self._first, min(known)) if ends else self._first
-            ends[name] = at + count
+        for (at, name, count, *_), whole in rows:
+            if not whole:
+                continue
+            # An output may come later than others, but not where a row may be lost.
+            if ends.setdefault(name, self._first if damaged or not ends else at) == at:
+                ends[name] = at + count
+        if any(not whole and row[1] not in ends for row, whole in rows):
+            return self._first
         return min(ends.values(), default=self._first)
 
     def recorded(self) -> int:
