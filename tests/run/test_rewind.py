@@ -139,7 +139,16 @@ def test_a_loop_that_is_lent_is_given_back_as_it_was(tmp_path):
     )
 
 
-@pytest.mark.parametrize("build", ALL)
+BRIEF_MODELS = ("convnet_with_batchnorm", "dropout_mlp", "gan")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(b, marks=[] if b.__name__ in BRIEF_MODELS else pytest.mark.slow)
+        for b in ALL
+    ],
+)
 def test_every_kind_of_model_is_rewound_and_verified(build, tmp_path):
     make, (x, y) = build()
     rows = len(keras.tree.flatten(x)[0])
