@@ -65,10 +65,14 @@ class Lock:
             "host": platform.node(),
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(said))
-        self._file.flush()
+        try:
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(json.dumps(said))
+            self._file.flush()
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let go of it."""

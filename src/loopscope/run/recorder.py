@@ -201,9 +201,11 @@ class Recorder:
             chosen=asdict(choice) if choice is not None else None,
             pid=os.getpid(),
         )
-        if isinstance(source, ArraySource):
+        self._record_fingerprint(source)
+
+    def _record_fingerprint(self, source: Source | None) -> None:
+        if isinstance(source, ArraySource) and self._writer is not None:
             arrays = source.arrays
-            assert self._writer is not None
             self._writer.fact("data", lambda: identity.data_fingerprint(arrays))
 
     def _prepare(
@@ -258,6 +260,8 @@ class Recorder:
         self._saved_name = past.checkpoint.name
         self._run_s = self._saved_run_s = past.checkpoint.content["run_s"]
         self._gear = standing.gear
+        if past.data is None:  # Lost with a journal, or not come to.
+            self._record_fingerprint(self._loop.data)
         best = past.checkpoint.content["best"]
         self._best, self._best_name = best["value"], best["name"]
         assert self._writer is not None

@@ -133,6 +133,9 @@ class Writer:
         """Write what is left and end the thread."""
         self._queue.put(("end",))
         self._thread.join()
+        lost = [parts[0][0] for parts in self._batch.scalars.values()]
+        if lost:
+            self._say("lost", f"nothing is recorded from step {min(lost)} on")
         self._journal.close(tidy=tidy and not self.failed)
 
     # The thread.
