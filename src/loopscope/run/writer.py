@@ -263,6 +263,8 @@ class Writer:
         if best:
             self.best = made.name
         if not made.content.get("finished"):
+            # One of the same name was written over: two would thin out each other.
+            self._kept = [e for e in self._kept if e.name != made.name]
             self._kept.append(checkpoints.entry_of(made, written))
             self._kept.sort(key=lambda e: (e.step, e.turn))
         if self._flush(durable=True):
