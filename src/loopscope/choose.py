@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loopscope.cpu import cpu_line
 from loopscope.data.feed import Segment
 from loopscope.data.source import Source
 from loopscope.gear import FUSED_GRAPH, FUSED_XLA, GEARS, GRAPH, XLA, Gear
@@ -247,7 +248,13 @@ def _signature(runner: Runner, source: Source) -> str:
         runner.backend.name,
         runner.backend.device(),
         [_version(name) for name in ("loopscope", "keras", runner.backend.name)],
-        [platform.machine(), platform.processor(), _cpu(), os.cpu_count(), sys.version],
+        [
+            platform.machine(),
+            platform.processor(),
+            cpu_line("model name"),
+            os.cpu_count(),
+            sys.version,
+        ],
         {k: os.environ.get(k) for k in ("XLA_FLAGS", "TF_ENABLE_ONEDNN_OPTS")},
         layers,
         type(optimizer).__name__,
@@ -267,14 +274,6 @@ def _config(layer: Any) -> Any:
     return {
         k: v for k, v in config.items() if k not in ("name", "layers", "build_config")
     }
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-    return next((line for line in text.splitlines() if "model name" in line), "")
 
 
 def _version(name: str) -> str:

@@ -10,9 +10,9 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loopscope.cpu import cpu_line
 from loopscope.run import identity, memory
 from loopscope.run.recording import Recording
 
@@ -30,8 +30,7 @@ def manifest(
 ) -> dict[str, Any]:
     """The content of run.json for a training that is about to begin."""
     return {
-        "id": uuid.uuid4().hex,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **birth(),
         "origin": readable(loop.origin),
         "script": [os.path.abspath(sys.argv[0]), *sys.argv[1:]] if sys.argv else [],
         "working_folder": os.getcwd(),
@@ -47,6 +46,12 @@ def manifest(
         "source": described(source),
         "machine": machine(),
     }
+
+
+def birth() -> dict[str, str]:
+    """What makes a run another one than all before."""
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"id": uuid.uuid4().hex, "created": created}
 
 
 def of(loop: Loop) -> dict[str, Any]:
@@ -78,7 +83,8 @@ def machine() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": cpu_line("model name").partition(":")[2].strip()
+        or platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
@@ -107,13 +113,3 @@ def _leaves(specs: Any) -> list[Any]:
 
     leaves: list[Any] = keras.tree.flatten(specs)
     return leaves
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()

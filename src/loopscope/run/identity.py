@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.backend.base import Backend
+from loopscope.cpu import cpu_line
 
 WHOLE_BYTES = 2**30
 """Arrays up to this size count with every bit, larger ones with some rows."""
@@ -249,14 +250,7 @@ def _block_sums(data: np.ndarray) -> bytes:
 @cache
 def instructions() -> str:
     """The processor's architecture and the vector instructions that it has."""
-    found: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                found = set(line.partition(":")[2].split())
-                break
-    except OSError:
-        pass
+    found = set(cpu_line("flags", "Features").partition(":")[2].split())
     wanted = ("sse4_1", "sse4_2", "avx", "avx2", "fma", "asimd", "sve", "amx_tile")
     kept = [f for f in wanted if f in found]
     kept += sorted(f for f in found if f.startswith("avx512"))
