@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-import uuid
 from typing import Any
 
 from loopscope.errors import RunError, UsageError
-from loopscope.run import checkpoint, files
+from loopscope.run import about, checkpoint, files, reading
 from loopscope.run.folder import Folder, unwritable
-from loopscope.run.journal import JournalReader, JournalWriter, text
+from loopscope.run.journal import JournalWriter, text
 
 
 def branch(
@@ -40,12 +39,7 @@ def branch(
     """
     if new.exists:
         raise RunError(f"{str(new.path)!r} holds a run already; name another folder")
-    journal = JournalReader(
-        parent.journal_path,
-        live=parent.writer() is not None,
-        first=parent.manifest["first_step"],
-    )
-    try:
+    with reading.journal(parent) as journal:
         first, last = parent.manifest["first_step"], journal.recorded()
         if not first <= step <= last:
             raise UsageError(
@@ -68,8 +62,7 @@ def branch(
             changes = {"step": step, "learning_rate": learning_rate, "gear": gear}
             manifest = {
                 **parent.manifest,
-                "id": uuid.uuid4().hex,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **about.birth(),
                 "parent": {
                     "id": parent.manifest["id"],
                     "path": str(parent.path.resolve()),
@@ -85,8 +78,6 @@ def branch(
         finally:
             lock.release()
             new.leave_no_trace()
-    finally:
-        journal.close()
 
 
 def _nearest(parent: Folder, step: int) -> checkpoint.Entry:

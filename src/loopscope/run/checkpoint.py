@@ -18,6 +18,7 @@ import numpy as np
 
 from loopscope.errors import RunError
 from loopscope.run import files
+from loopscope.run.plain import numpy_dtype
 
 PLAIN_DTYPES = frozenset(
     [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
@@ -54,10 +55,29 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What became of a checkpoint on disk."""
+class Entry:
+    """A checkpoint as its JSON describes it; its arrays were not read.
 
+    Attributes:
+        name: Of its files.
+        step: Steps trained.
+        turn: Of the writes between steps that precede it, how many it has seen.
+        run_s: Seconds that these steps have taken, all processes together.
+        size_bytes: Of both files.
+        pinned: As in `Checkpoint`.
+        content: As in `Checkpoint`.
+        state_sha256: As in `Checkpoint`.
+        sha256: Of the arrays' file.
+    """
+
+    name: str
+    step: int
+    turn: int
+    run_s: float
     size_bytes: int
+    pinned: bool
+    content: Mapping[str, Any] = field(compare=False, repr=False)
+    state_sha256: str
     sha256: str
 
 
@@ -66,10 +86,13 @@ def name_of(step: int, turn: int, *, finished: bool = False) -> str:
     return f"{step:012d}-{'end' if finished else turn}"
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> Written:
+def write(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], int]:
     """Write a checkpoint, and read it back.
 
     Holds one more copy of the arrays in memory meanwhile.
+
+    Returns:
+        What its JSON says, and the bytes of both files: see `entry_of`.
 
     Raises:
         OSError: It could not be written; no part of it is left.
@@ -105,7 +128,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Written:
         # The JSON of the same name from before, if any, no longer has its arrays.
         remove(folder, checkpoint.name)
         raise
-    return Written(len(data) + len(sealed), digest)
+    return document, len(data) + len(sealed)
 
 
 def read(folder: Path, name: str) -> Checkpoint:
@@ -138,66 +161,14 @@ def read(folder: Path, name: str) -> Checkpoint:
     )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A checkpoint as its JSON describes it; its arrays were not read.
-
-    Attributes:
-        name: Of its files.
-        step: Steps trained.
-        turn: Of the writes between steps that precede it, how many it has seen.
-        run_s: Seconds that these steps have taken, all processes together.
-        size_bytes: Of both files.
-        pinned: As in `Checkpoint`.
-        content: As in `Checkpoint`.
-        state_sha256: As in `Checkpoint`.
-        sha256: Of the arrays' file.
-    """
-
-    name: str
-    step: int
-    turn: int
-    run_s: float
-    size_bytes: int
-    pinned: bool
-    content: Mapping[str, Any] = field(compare=False, repr=False)
-    state_sha256: str
-    sha256: str
-
-
-def entry_of(checkpoint: Checkpoint, written: Written) -> Entry:
-    """The entry of a checkpoint that has just been written."""
-    cursor = {"cursor": checkpoint.content["cursor"]}
-    return Entry(
-        name=checkpoint.name,
-        step=checkpoint.step,
-        turn=checkpoint.content["turn"],
-        run_s=checkpoint.content["run_s"],
-        size_bytes=written.size_bytes,
-        pinned=checkpoint.pinned,
-        content=cursor,
-        state_sha256=checkpoint.state_sha256,
-        sha256=written.sha256,
-    )
-
-
 def entries(folder: Path) -> tuple[list[Entry], list[str]]:
     """The checkpoints in a folder, oldest first, and what is wrong with the others."""
     found, problems = [], []
     for path in sorted(folder.glob("*.json")):
         try:
             document = files.unseal(path.read_bytes(), str(path))
-            entry = Entry(
-                name=path.stem,
-                step=document["step"],
-                turn=document["content"]["turn"],
-                run_s=document["content"]["run_s"],
-                size_bytes=document["arrays_size_bytes"] + path.stat().st_size,
-                pinned=document["pinned"],
-                content=document["content"],
-                state_sha256=document["state_sha256"],
-                sha256=document["arrays_sha256"],
-            )
+            size_bytes = document["arrays_size_bytes"] + path.stat().st_size
+            entry = entry_of(path.stem, document, size_bytes)
         except FileNotFoundError:
             continue  # It was let go just now.
         except (RunError, OSError, KeyError, TypeError) as error:
@@ -205,6 +176,22 @@ def entries(folder: Path) -> tuple[list[Entry], list[str]]:
         else:
             found.append(entry)
     return sorted(found, key=lambda e: (e.step, e.turn)), problems
+
+
+def entry_of(name: str, document: Mapping[str, Any], size_bytes: int) -> Entry:
+    """A checkpoint as its JSON describes it."""
+    content = document["content"]
+    return Entry(
+        name=name,
+        step=document["step"],
+        turn=content["turn"],
+        run_s=content["run_s"],
+        size_bytes=size_bytes,
+        pinned=document["pinned"],
+        content=content,
+        state_sha256=document["state_sha256"],
+        sha256=document["arrays_sha256"],
+    )
 
 
 def check(folder: Path, name: str) -> None:
@@ -281,7 +268,4 @@ def _storable(array: np.ndarray) -> np.ndarray:
 def _restored(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype in PLAIN_DTYPES:
         return array
-    import ml_dtypes  # Registers bfloat16 and its like with NumPy.
-
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    return np.frombuffer(array.tobytes(), kind).reshape(array.shape[:-1])
+    return np.frombuffer(array.tobytes(), numpy_dtype(dtype)).reshape(array.shape[:-1])

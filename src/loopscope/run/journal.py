@@ -88,6 +88,17 @@ def _crc_of(table: str, row: Iterable[Any]) -> int:
     return crc((table, *row))
 
 
+def _read(
+    db: sqlite3.Connection, table: str, where: str = "", *values: Any
+) -> list[tuple[Row, bool]]:
+    """Rows by key, without their CRC, and whether each is what was written."""
+    columns = ", ".join(TABLES[table])
+    rows = db.execute(
+        f"SELECT {columns}, crc FROM {table} {where} ORDER BY {_KEYS[table]}", values
+    )
+    return [(row[:-1], _crc_of(table, row[:-1]) == row[-1]) for row in rows]
+
+
 def _bytes(column: Any) -> tuple[bytes, bytes]:
     if isinstance(column, bytes):
         return b"B", column
@@ -169,9 +180,8 @@ class JournalWriter:
             epoch: Epochs that stay whole: those before this one.
             begun: Whether this one had begun.
         """
-        columns = ", ".join(TABLES["steps"])
-        rows = self._db.execute(f"SELECT {columns}, crc FROM steps").fetchall()
-        whole = [r[:-1] for r in rows if _crc_of("steps", r[:-1]) == r[-1]]
+        rows = _read(self._db, "steps")
+        whole = [row for row, is_whole in rows if is_whole]
         if len(whole) < len(rows):
             # A row is not found by a key that is damaged: begin the table anew.
             self._db.execute("DELETE FROM steps")
@@ -192,10 +202,12 @@ class JournalWriter:
         )
         last = epoch if begun else epoch - 1
         self._db.execute("DELETE FROM epochs WHERE epoch > ?", (last,))
-        rows = self._db.execute(
+        begun_then = self._db.execute(
             "SELECT epoch, first_step, time FROM epochs WHERE epoch = ?", (epoch,)
         ).fetchall()
-        self.put("epochs", [(e, first, None, None, None, t) for e, first, t in rows])
+        self.put(
+            "epochs", [(e, first, None, None, None, t) for e, first, t in begun_then]
+        )
         # What was made at the end of training stands at the same step.
         self._db.execute(
             "DELETE FROM checkpoints WHERE step > ? OR name LIKE '%-end'", (step,)
@@ -298,16 +310,12 @@ class JournalReader:
         Raises:
             RunError: A row is not what was written.
         """
-        columns = ", ".join(TABLES[table])
         with self._reading():
-            found = self._db.execute(
-                f"SELECT {columns}, crc FROM {table} {where} ORDER BY {_KEYS[table]}",
-                values,
-            ).fetchall()
-        for row in found:
-            if _crc_of(table, row[:-1]) != row[-1]:
+            found = _read(self._db, table, where, *values)
+        for row, whole in found:
+            if not whole:
                 raise self._damaged(table, row)
-        return [row[:-1] for row in found]
+        return [row for row, _ in found]
 
     def _damaged(self, table: str, row: Row) -> RunError:
         return RunError(
@@ -415,16 +423,9 @@ class JournalReader:
 
     def _step_rows(self) -> list[tuple[Row, bool]]:
         """Every row of steps, and whether it is what was written; read once."""
-        if self._steps is not None:
-            return self._steps
-        columns = ", ".join(TABLES["steps"])
-        with self._reading():
-            rows = self._db.execute(
-                f"SELECT {columns}, crc FROM steps ORDER BY {_KEYS['steps']}"
-            ).fetchall()
-        self._steps = [
-            (row[:-1], _crc_of("steps", row[:-1]) == row[-1]) for row in rows
-        ]
+        if self._steps is None:
+            with self._reading():
+                self._steps = _read(self._db, "steps")
         return self._steps
 
     def check(self) -> None:

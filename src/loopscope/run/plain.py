@@ -70,6 +70,13 @@ def _is_narrow(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "V" and dtype.type.__module__ == "ml_dtypes"
 
 
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """A dtype by name, those that NumPy does not know by itself included."""
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def encode_specs(specs: Any) -> Any:
     """Specs of a batch as JSON; `None` where only a framework can say what they are."""
     if isinstance(specs, Spec):

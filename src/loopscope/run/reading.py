@@ -61,11 +61,16 @@ class Summary:
 
 
 @contextmanager
-def journal(folder: Folder) -> Iterator[JournalReader]:
-    """A run's journal, for reading."""
+def journal(folder: Folder, *, ours: bool = False) -> Iterator[JournalReader]:
+    """A run's journal, for reading.
+
+    Args:
+        folder: The run.
+        ours: Whether this process holds the lock, and does not write yet.
+    """
     reader = JournalReader(
         folder.journal_path,
-        live=folder.writer() is not None,
+        live=not ours and folder.writer() is not None,
         first=folder.manifest["first_step"],
     )
     try:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from loopscope.errors import RunError, UsageError
 from loopscope.run import checkpoint as checkpoints
+from loopscope.run import reading
 from loopscope.run.checkpoint import Checkpoint
 from loopscope.run.folder import Folder, unwritable
-from loopscope.run.journal import JournalReader
 from loopscope.run.plain import decode
 from loopscope.run.recorder import Past, Recorder
 from loopscope.run.recording import Recording
@@ -98,7 +98,7 @@ def find(folder: Folder, epochs: int, *, anyway: bool) -> Past | None:
     try:
         if not found and not notes and not folder.journal_path.exists():
             return None
-        state = _journal(folder, first)
+        state = _journal(folder)
         if not found and not notes and state.recorded == first:
             return None
     except RunError as error:
@@ -192,14 +192,13 @@ class _Journal:
     """Whether it is the run's, not one that is begun anew."""
 
 
-def _journal(folder: Folder, first: int) -> _Journal:
+def _journal(folder: Folder) -> _Journal:
     """How far the journal can be trusted.
 
     Raises:
         RunError: Something in it but the values of steps is damaged.
     """
-    reader = JournalReader(folder.journal_path, live=False, first=first)
-    try:
+    with reading.journal(folder, ours=True) as reader:
         reader.check()
         covered, recorded = reader.covered(), reader.recorded()
         damage = ""
@@ -212,8 +211,6 @@ def _journal(folder: Folder, first: int) -> _Journal:
             [(e.epoch, decode(e.logs, {})) for e in reader.epochs() if e.logs],
             damage,
         )
-    finally:
-        reader.close()
 
 
 def _is_over(content: Any, epochs: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.backend.base import Backend
+from loopscope.run.plain import numpy_dtype
 
 WRITE_BYTES = 2**20
 """Writes between two steps are recorded up to this size in all; above it, steps are
@@ -51,10 +52,3 @@ def writes(
 def value_of(dtype: str, shape: str, data: bytes) -> np.ndarray:
     """The array of a recorded write."""
     return np.frombuffer(data, numpy_dtype(dtype)).reshape(json.loads(shape))
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """A dtype by name, those that NumPy does not know by itself included."""
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, name, name))

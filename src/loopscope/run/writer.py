@@ -16,14 +16,14 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from loopscope.errors import RunError
 from loopscope.run import checkpoint as checkpoints
-from loopscope.run.checkpoint import Checkpoint
+from loopscope.run.checkpoint import Checkpoint, Entry
 from loopscope.run.folder import Folder
 from loopscope.run.journal import JournalWriter, Row, text
 from loopscope.run.keep import Kept, superfluous
@@ -89,7 +89,7 @@ class Writer:
         """The name of the best checkpoint, which stays."""
         self._said: set[str] = set()
         found, _ = checkpoints.entries(folder.checkpoints_path)
-        self._kept = [e for e in found if not e.content.get("finished")]
+        self._kept = [_without_history(e) for e in found if not e.content["finished"]]
         self._thread = threading.Thread(
             target=self._run, name="loopscope-run", daemon=True
         )
@@ -232,7 +232,7 @@ class Writer:
         if not self._flush(durable=True):
             return
         try:
-            written = checkpoints.write(self._folder.checkpoints_path, made)
+            described = checkpoints.write(self._folder.checkpoints_path, made)
         except (OSError, RunError) as error:
             if _inode(self._folder) != self._identity:
                 self._give_up(f"the run folder {self._folder.path} is gone")
@@ -243,29 +243,14 @@ class Writer:
                     f"({error}); the ones before it stay, and it is tried again later",
                 )
             return
-        cursor = made.content["cursor"]
-        self._batch.rows.append(
-            (
-                "checkpoints",
-                (
-                    made.name,
-                    made.step,
-                    cursor["epoch"],
-                    cursor["index"],
-                    written.size_bytes,
-                    written.sha256,
-                    made.state_sha256,
-                    1,
-                    time.time(),
-                ),
-            )
-        )
+        written = checkpoints.entry_of(made.name, *described)
+        self._note(written, kept=True)
         if best:
             self.best = made.name
-        if not made.content.get("finished"):
+        if not made.content["finished"]:
             # One of the same name was written over: two would thin out each other.
             self._kept = [e for e in self._kept if e.name != made.name]
-            self._kept.append(checkpoints.entry_of(made, written))
+            self._kept.append(_without_history(written))
             self._kept.sort(key=lambda e: (e.step, e.turn))
         if self._flush(durable=True):
             self._thin()
@@ -283,22 +268,23 @@ class Writer:
         for e in [e for e in self._kept if e.name in gone]:
             self._kept.remove(e)
             checkpoints.remove(self._folder.checkpoints_path, e.name)
-            cursor = e.content["cursor"]
-            place = (e.step, cursor["epoch"], cursor["index"])
-            self._batch.rows.append(
-                (
-                    "checkpoints",
-                    (
-                        e.name,
-                        *place,
-                        e.size_bytes,
-                        e.sha256,
-                        e.state_sha256,
-                        0,
-                        time.time(),
-                    ),
-                )
-            )
+            self._note(e, kept=False)
+
+    def _note(self, entry: Entry, *, kept: bool) -> None:
+        """Record that a checkpoint is there, or no longer."""
+        cursor = entry.content["cursor"]
+        row = (
+            entry.name,
+            entry.step,
+            cursor["epoch"],
+            cursor["index"],
+            entry.size_bytes,
+            entry.sha256,
+            entry.state_sha256,
+            int(kept),
+            time.time(),
+        )
+        self._batch.rows.append(("checkpoints", row))
 
     def _give_up(self, why: str) -> None:
         self.failed = True
@@ -310,6 +296,11 @@ class Writer:
         if kind not in self._said:
             self._said.add(kind)
             self.problems.put(problem)
+
+
+def _without_history(entry: Entry) -> Entry:
+    """As much of an entry as thinning needs: thousands of them are kept in memory."""
+    return replace(entry, content={"cursor": entry.content["cursor"]})
 
 
 def _inode(folder: Folder) -> int | None:
