@@ -9,6 +9,21 @@ from peer import PausedFit, Peer
 from workloads import Training, Workload, mnist_validation
 
 
+def loop_of(training: Training, gear: str) -> Any:
+    """A loop around what is to be trained, as every measurement makes it."""
+    from loopscope import Loop
+
+    return Loop(
+        training.model,
+        training.optimizer,
+        training.loss,
+        [training.metric],
+        gear=gear,
+        seed=0,
+        cache=False,
+    )
+
+
 class Ours:
     """`Loop.epochs` with the training part of an epoch, as a user writes it.
 
@@ -17,19 +32,9 @@ class Ours:
     """
 
     def __init__(self, workload: Workload, gear: str) -> None:
-        from loopscope import Loop
-
         self._workload = workload
         self._training = training = Training(workload)
-        self.loop = Loop(
-            training.model,
-            training.optimizer,
-            training.loss,
-            [training.metric],
-            gear=gear,
-            seed=0,
-            cache=False,
-        )
+        self.loop = loop_of(training, gear)
         self._reasons: list[str] = []
         self.loop.subscribe(self._hear)
         eager = gear == "eager"

@@ -243,20 +243,6 @@ class Watch:
                 setattr(owner, name, function)
 
 
-def _loop(training: Any, gear: str) -> Any:
-    from loopscope import Loop
-
-    return Loop(
-        training.model,
-        training.optimizer,
-        training.loss,
-        [training.metric],
-        gear=gear,
-        seed=0,
-        cache=False,
-    )
-
-
 # What it costs.
 
 KINDS = ("unrecorded", "journal", "defaults", "unrecorded again")
@@ -273,11 +259,12 @@ def cost(*, workload: str, gear: str, epochs: int, rounds: int) -> dict[str, Any
     from loopscope import Recording
     from loopscope.events import EpochEnd
     from loopscope.run import recorder
+    from ours import loop_of
     from workloads import WORKLOADS, Training
 
     of = WORKLOADS[workload]
     training = Training(of)
-    loop = _loop(training, gear)
+    loop = loop_of(training, gear)
     x, y = of.data
     share = recorder.COST
     ends: list[tuple[float, float]] = []
@@ -363,10 +350,11 @@ def rewind(*, gear: str, count: int) -> dict[str, Any]:
     import numpy as np
 
     import loopscope
+    from ours import loop_of
     from workloads import WORKLOADS, Training, mnist_validation
 
     of = WORKLOADS["mlp"]
-    loop = _loop(Training(of), gear)
+    loop = loop_of(Training(of), gear)
     x, y = of.data
     arguments = {"x": x, "y": y, "batch_size": of.batch_size, "epochs": 5}
     arguments |= {"validation_data": mnist_validation(), "verbose": 0}

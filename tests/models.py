@@ -424,6 +424,22 @@ def keep(kept, gradients):
         variable.assign(keras.ops.zeros(variable.shape) + gradient)
 
 
+def built_in_by_hand(model, x, y, look=lambda gradients: None):
+    """What the built-in step does, for own steps that do more; the loss."""
+
+    def compute_loss():
+        y_pred = model(x, training=True)
+        return model.compute_loss(x, y, y_pred, training=True), y_pred
+
+    (loss, y_pred), gradients = loopscope.value_and_grad(
+        compute_loss, model.trainable_variables, has_aux=True
+    )
+    look(gradients)
+    model.optimizer.apply(gradients, model.trainable_variables)
+    model.compute_metrics(x, y, y_pred)
+    return loss
+
+
 def record_gradients(loop, x):
     """Put an own step in the place of the built-in one that keeps its gradients."""
     model = loop.model
@@ -432,17 +448,7 @@ def record_gradients(loop, x):
 
     @loop.train_step
     def train_step(x, y):
-        def compute_loss():
-            y_pred = model(x, training=True)
-            return model.compute_loss(x, y, y_pred, training=True), y_pred
-
-        (loss, y_pred), gradients = loopscope.value_and_grad(
-            compute_loss, model.trainable_variables, has_aux=True
-        )
-        keep(kept, gradients)
-        model.optimizer.apply(gradients, model.trainable_variables)
-        model.compute_metrics(x, y, y_pred)
-        return loss
+        return built_in_by_hand(model, x, y, lambda found: keep(kept, found))
 
 
 def relative(was, now):

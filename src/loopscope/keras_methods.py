@@ -69,17 +69,14 @@ def fit(
     checks.count("initial_epoch", initial_epoch, least=0)
     _check_frequency(validation_freq)
     epochs = _capped(epochs)
-    given_arguments = {
-        "epochs": epochs,
-        "initial_epoch": initial_epoch,
+    of_data: dict[str, Any] = {
         "batch_size": batch_size,
-        "shuffle": shuffle,
-        "steps_per_epoch": steps_per_epoch,
         "validation_split": validation_split,
+        "shuffle": shuffle,
+        "class_weight": class_weight,
+        "steps_per_epoch": steps_per_epoch,
         "validation_steps": validation_steps,
         "validation_batch_size": validation_batch_size,
-        "validation_freq": validation_freq,
-        "class_weight": class_weight,
     }
     with ExitStack() as held:
         recorder = None
@@ -90,15 +87,9 @@ def fit(
             x,
             y,
             sample_weight,
-            batch_size=batch_size,
-            validation_split=validation_split,
             validation_data=validation_data,
-            shuffle=shuffle,
-            class_weight=class_weight,
-            steps_per_epoch=steps_per_epoch,
-            validation_steps=validation_steps,
-            validation_batch_size=validation_batch_size,
             hold=held,
+            **of_data,
         )
         if validation is not None:
             self.prepare("test", validation)
@@ -113,7 +104,12 @@ def fit(
         )
         held.enter_context(listener.subscribed())
         if recorder is not None:
-            held.enter_context(recorder.listening(listener, train, given_arguments))
+            when = {
+                "epochs": epochs,
+                "initial_epoch": initial_epoch,
+                "validation_freq": validation_freq,
+            }
+            held.enter_context(recorder.listening(listener, train, {**of_data, **when}))
 
         def first() -> int:
             # BackupAndRestore sets it when training begins.

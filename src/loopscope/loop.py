@@ -524,22 +524,21 @@ class Loop:
         self._failed = False
         self._start = standing.cursor if standing.cursor.begun else None
 
-    def settle(self, phase: Phase, source: Source) -> None:
+    def settle(self, phase: Phase, specs: tuple[Any, ...]) -> None:
         """Make every variable of a phase's step, as far as that can be done unrun.
 
         A step of the user's own in gear eager is not traced: what it builds in its
         first execution would be missing before.
         """
         with contextlib.suppress(Exception):
-            self._runner.trace(phase, source.specs)
+            self._runner.trace(phase, specs)
 
     def _build(self, phase: Phase, specs: tuple[Any, ...]) -> None:
         """Make the variables of a phase's step before there are data for it."""
         self._stage(phase)
         if not self._runner.stages[phase].own:
             checks.build(self.model, specs, phase)
-        with contextlib.suppress(Exception):
-            self._runner.trace(phase, specs)
+        self.settle(phase, specs)
 
     def _go_on(self, start: Standing) -> None:
         """Stand where another training stood; those who listen may set theirs."""

@@ -20,10 +20,10 @@ from loopscope.events import ChunkBegin, ChunkEnd, Event
 from loopscope.experiment import Experiment
 from loopscope.run import changes, checkpoint, reading
 from loopscope.run.checkpoint import Checkpoint, Entry
+from loopscope.run.content import standing_of
 from loopscope.run.folder import Folder
 from loopscope.run.identity import CAUSES, Difference
 from loopscope.run.journal import EpochRow, JournalReader
-from loopscope.run.resume import standing_of
 from loopscope.run.watch import BARRIER, value_of
 from loopscope.standing import Cursor
 from loopscope.state import sha256
@@ -32,6 +32,10 @@ UNKNOWN = (
     "an operation that does not give the same bits twice, or state outside of Keras's "
     "variables (Python's or NumPy's random numbers, attributes that a step changes)"
 )
+
+
+Recorded = dict[str, tuple[int, np.ndarray]]
+"""By name of an output: the number of the first step, and its values from there on."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Replayer:
         if validation is not None:
             loop.prepare("test", validation)
         loop.prepare("train", self._source)
-        loop.settle("train", self._source)
+        loop.settle("train", self._source.specs)
         self._initial = loop.standing()
         self._lent = replace(self._lent, state=self._initial.state)
         self._used = False
@@ -225,12 +229,11 @@ class Replayer:
             row = run.epoch_of(step)
             start = self._checkpoint_before(run, step)
             seen = _Seen(self._loop, step, _order(start))
-            apart, outputs, _ = self._replay(run, start, step + 1, seen)
+            again = self._replay(run, start, step + 1, seen)
             recorded = {
                 name: values[-1].item()
-                for name, (_, values) in run.journal.scalars(
-                    None, step, step + 1
-                ).items()
+                for name, (at, values) in again.recorded.items()
+                if at + len(values) == step + 1
             }
             return Rewound(
                 step=step,
@@ -239,10 +242,10 @@ class Replayer:
                 gear=str(start.content["gear"]),
                 checkpoint_step=start.step,
                 replayed_steps=step + 1 - start.step,
-                identical=apart is None,
-                first_difference=apart,
+                identical=again.apart is None,
+                first_difference=again.apart,
                 outputs_recorded=recorded,
-                outputs={name: values[-1].item() for name, values in outputs.items()},
+                outputs={n: values[-1].item() for n, values in again.outputs.items()},
                 learning_rate=seen.learning_rate,
                 state_before=seen.before,
                 state_after=seen.after,
@@ -263,13 +266,13 @@ class Replayer:
 
     def _verify(self, run: _Run, start: Entry, end: Entry | None, stop: int) -> Segment:
         from_checkpoint = self._read(start)
-        apart, outputs, state = self._replay(run, from_checkpoint, stop, None)
-        recorded = run.journal.scalars(None, start.step, stop)
+        again = self._replay(run, from_checkpoint, stop, None)
+        state = again.state
         largest = max(
             (
-                _largest(recorded[name][1], values)
-                for name, values in outputs.items()
-                if name in recorded
+                _largest(again.recorded[name][1], values)
+                for name, values in again.outputs.items()
+                if name in again.recorded
             ),
             default=0.0,
         )
@@ -280,19 +283,15 @@ class Replayer:
                     state[path] = value
             names = _order(self._read(end))
             same = sha256(zip(names, state.values(), strict=False)) == end.state_sha256
+        apart = again.apart
         return Segment(start.step, stop, apart is None, same, largest, apart)
 
     # Replaying.
 
     def _replay(
         self, run: _Run, start: Checkpoint, stop: int, seen: _Seen | None
-    ) -> tuple[Departure | None, dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Run steps `start.step` to `stop`, not included.
-
-        Returns:
-            Where they depart from the journal; their outputs; the state in the end,
-            by the names that the run had.
-        """
+    ) -> _Again:
+        """Run steps `start.step` to `stop`, not included."""
         loop = self._loop
         if not self.reusable:
             raise RunError(
@@ -327,7 +326,9 @@ class Replayer:
                 loop.unsubscribe(seen)
             loop.stand(self._initial)
         outputs = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-        return self._departure(run, start.step, stop, outputs), outputs, state
+        recorded = run.journal.scalars(None, start.step, stop)
+        apart = self._departure(start.step, recorded, outputs)
+        return _Again(apart, recorded, outputs, state)
 
     def _chunks(self, run: _Run, standing: Any, stop: int) -> Iterator[ChunkEnd]:
         loop = self._loop
@@ -354,11 +355,11 @@ class Replayer:
                 )
 
     def _departure(
-        self, run: _Run, first: int, stop: int, outputs: Mapping[str, np.ndarray]
+        self, first: int, recorded: Recorded, outputs: Mapping[str, np.ndarray]
     ) -> Departure | None:
         """The first output that is not the recorded one."""
         found: list[Departure] = []
-        for name, (at, was) in run.journal.scalars(None, first, stop).items():
+        for name, (at, was) in recorded.items():
             now = outputs.get(name)
             if now is None or at != first:
                 continue
@@ -422,6 +423,23 @@ class Replayer:
     def _reading(self) -> Iterator[_Run]:
         with reading.journal(self._folder) as journal:
             yield _Run(self._folder, journal)
+
+
+@dataclass(frozen=True, eq=False)
+class _Again:
+    """What running steps again has brought.
+
+    Attributes:
+        apart: Where they depart from the journal, if they do.
+        recorded: What the journal has of them, as `JournalReader.scalars`.
+        outputs: What they returned, by name.
+        state: Every variable in the end, by the names that the run had.
+    """
+
+    apart: Departure | None
+    recorded: Recorded
+    outputs: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
 
 
 class _Writes:

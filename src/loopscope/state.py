@@ -73,11 +73,11 @@ class State:
         by_path = set(values) == set(self._by_path)
         names = list(self._by_path) if by_path else list(values)
         pairs = list(zip(self._by_path, names, strict=False))
+        kinds = {path: _kind(value) for path, value in self.values().items()}
         wrong = [
-            f"{path}: {_kind(self._backend.read(self._by_path[path]))}, in the "
-            f"values {_kind(values[name])}"
+            f"{path}: {kinds[path]}, in the values {_kind(values[name])}"
             for path, name in pairs
-            if _kind(self._backend.read(self._by_path[path])) != _kind(values[name])
+            if kinds[path] != _kind(values[name])
         ]
         if len(names) != len(self._by_path):
             odd = set(names).symmetric_difference(self._by_path)

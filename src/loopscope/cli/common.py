@@ -94,6 +94,18 @@ def start_backend(name: str | None) -> str:
     return room.name
 
 
+def start_backend_of(run: Path) -> None:
+    """Import the framework that a run was recorded on.
+
+    Raises:
+        RunError: There is no run.
+        BackendError: The framework is not installed, or Keras has another one.
+    """
+    from loopscope.run.folder import Folder
+
+    start_backend(Folder(run).manifest["identity"]["backend"])
+
+
 def print_json(document: Any) -> None:
     """Print the one JSON document of a command."""
     click.echo(json.dumps(document, indent=2, allow_nan=True, default=float))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loopscope.cli.common import command, json_option, run_argument, start_backend
+from loopscope.cli.common import command, json_option, run_argument, start_backend_of
 
 
 @click.command()
@@ -44,13 +44,12 @@ def resume(
             "A branch needs both --from-step N and --run NEW; --learning-rate and "
             "--gear are for branches only."
         )
-    folder = Folder(path)
-    start_backend(folder.manifest["identity"]["backend"])
+    start_backend_of(path)
     from loopscope.cli.training import train_and_tell
     from loopscope.gear import resolve
     from loopscope.runs import experiment_of, open_run
 
-    made = experiment_of(folder)
+    made = experiment_of(Folder(path))
     if from_step is not None and run is not None:
         if gear is not None:
             resolve(gear, made.loop.backend.gears, backend=made.loop.backend.name)

@@ -11,7 +11,7 @@ from loopscope.cli.common import (
     json_option,
     print_json,
     run_argument,
-    start_backend,
+    start_backend_of,
 )
 
 
@@ -26,9 +26,7 @@ def rewind(path: Path, step: int, as_json: bool) -> int:
     From the nearest checkpoint, in the gear that was used. Exits 1 if any step on the
     way gives another loss than the recorded one, and says where and why.
     """
-    from loopscope.run.folder import Folder
-
-    start_backend(Folder(path).manifest["identity"]["backend"])
+    start_backend_of(path)
     from loopscope.runs import open_run
     from loopscope.view import text
 

@@ -11,7 +11,7 @@ from loopscope.cli.common import (
     json_option,
     print_json,
     run_argument,
-    start_backend,
+    start_backend_of,
 )
 
 
@@ -26,9 +26,7 @@ def verify(path: Path, whole: bool, as_json: bool) -> int:
     Every loss with the journal, every state at the end of a stretch with its recorded
     SHA-256. Exits 1 if anything departs, and says where and by how much.
     """
-    from loopscope.run.folder import Folder
-
-    start_backend(Folder(path).manifest["identity"]["backend"])
+    start_backend_of(path)
     from loopscope.runs import open_run
     from loopscope.view import text
 

@@ -6,6 +6,7 @@ variables, and after everybody else, to see what callbacks have made of them sin
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -42,13 +43,13 @@ from loopscope.run import (
     checkpoint,
     identity,
     memory,
-    plain,
     signals,
 )
 from loopscope.run.checkpoint import Checkpoint
+from loopscope.run.content import content_of, encode_logs
 from loopscope.run.folder import Folder, unwritable
 from loopscope.run.journal import JournalWriter
-from loopscope.run.plain import Arrays, NotPlain, encode
+from loopscope.run.plain import Arrays
 from loopscope.run.recording import Recording
 from loopscope.run.watch import BARRIER, writes
 from loopscope.run.writer import PATIENCE_S, Limits, Writer
@@ -107,6 +108,10 @@ class Recorder:
         self, loop: Loop, folder: Folder, how: Recording, past: Past | None
     ) -> None:
         self._loop, self._folder, self._how, self._past = loop, folder, how, past
+        self._over = past is not None and past.over
+        """Whether the run was at its end before."""
+        self._branch = past.manifest.get("branch") if past is not None else None
+        """Where this run leaves the one it branched off, and what changes there."""
         self._writer: Writer | None = None
         self._callbacks: list[Any] = []
         self._watch = True
@@ -341,7 +346,7 @@ class Recorder:
         self._say_problems()
 
     def _before_chunk(self) -> None:
-        if self._past is not None and self._past.over:
+        if self._over:
             return
         self._resume_writing()
         self._passed = None
@@ -363,8 +368,7 @@ class Recorder:
 
     def _turn_off(self) -> bool:
         """Where this run leaves the one it branched off: change what is to change."""
-        branch = self._past.manifest.get("branch") if self._past is not None else None
-        loop = self._loop
+        branch, loop = self._branch, self._loop
         if branch is None or loop.step != branch["step"]:
             return False
         if self._before is None:
@@ -406,7 +410,7 @@ class Recorder:
         self._row_of_epoch(
             event.epoch,
             loop.step - self._first_step,
-            _text(event.logs),
+            json.dumps(encode_logs(event.logs, {}, ""), sort_keys=True),
             event.wall_s,
         )
         value = event.logs.get(self._how.monitor)
@@ -428,7 +432,7 @@ class Recorder:
         An outer loop of the user's own that is left ends no epoch: nobody can tell a
         `break` from an exception. Gone on with, it is left again, or goes on.
         """
-        return self._loop.left or (self._past is not None and self._past.over)
+        return self._loop.left or self._over
 
     def _after_training(self) -> None:
         if self._is_over():
@@ -453,8 +457,7 @@ class Recorder:
         """The most steps of a chunk: none goes past a checkpoint that is due."""
         step, most = self._loop.step, self._how.replay_steps
         stops = [self._saved_step + most] if self._saved_step >= 0 else []
-        branch = self._past.manifest.get("branch") if self._past is not None else None
-        stops += [branch["step"]] if branch is not None else []
+        stops += [self._branch["step"]] if self._branch is not None else []
         return min((stop - step for stop in stops if stop > step), default=most)
 
     def _record_writes(self) -> bool:
@@ -520,20 +523,7 @@ class Recorder:
             "turn": self._turn,
             "run_s": self._run_s,
             "finished": finished,
-            "cursor": asdict(at.cursor),
-            "seed": at.seed,
-            "gear": at.gear,
-            "test_gear": at.test_gear,
-            "stopped": at.stopped,
-            "passes": [list(p) for p in at.passes],
-            "tests": at.tests,
-            "specs": {
-                phase: plain.encode_specs(specs)
-                for phase, specs in at.specs.items()
-                if phase != "predict"
-            },
-            "meters": _encoded(at.meters, extra, "meters"),
-            "logs": _encoded(at.logs, extra, "logs"),
+            **content_of(at, extra),
             "callbacks": memory.capture(self._callbacks, extra),
             "marks": dict(source.marks()) if source is not None else {},
             "best": {
@@ -681,31 +671,3 @@ def _is_scalar(value: Any) -> bool:
 def _number(value: np.ndarray) -> np.ndarray:
     """Values as the journal has them: bfloat16 and its like as float32, exactly."""
     return value.astype(np.float32) if value.dtype.kind == "V" else value
-
-
-def _text(logs: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(_encoded(dict(logs), {}, ""), sort_keys=True)
-
-
-def _encoded(value: Any, arrays: Arrays, name: str) -> Any:
-    """As `encode`; what is not plain data by its text."""
-    try:
-        return encode(dict(value), arrays, name)
-    except NotPlain:
-        return {
-            k: _encoded(v, arrays, f"{name}/{k}")
-            if isinstance(v, Mapping)
-            else _one(v, arrays, f"{name}/{k}")
-            for k, v in value.items()
-        }
-
-
-def _one(value: Any, arrays: Arrays, name: str) -> Any:
-    try:
-        return encode(value, arrays, name)
-    except NotPlain:
-        array = np.asarray(value)
-        numbers = array.dtype.kind in "biuf"
-        return encode(array, arrays, name) if numbers else str(value)

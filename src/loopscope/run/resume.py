@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from loopscope.errors import RunError, UsageError
 from loopscope.run import checkpoint as checkpoints
 from loopscope.run import reading
-from loopscope.run.checkpoint import Checkpoint
+from loopscope.run.content import standing_of
 from loopscope.run.folder import Folder, unwritable
 from loopscope.run.plain import decode
 from loopscope.run.recorder import Past, Recorder
 from loopscope.run.recording import Recording
-from loopscope.standing import Cursor, Standing
 
 if TYPE_CHECKING:
     from loopscope.loop import Loop
@@ -155,29 +154,6 @@ def find(folder: Folder, epochs: int, *, anyway: bool) -> Past | None:
     raise RunError(
         f"The run {str(folder.path)!r} has no checkpoint that can be used:"
         + "".join(f"\n  {note}" for note in notes)
-    )
-
-
-def standing_of(read: Checkpoint) -> Standing:
-    """A checkpoint as a loop takes it."""
-    content, extra = read.content, dict(read.extra)
-    return Standing(
-        step=read.step,
-        cursor=Cursor(**content["cursor"]),
-        seed=content["seed"],
-        gear=content["gear"],
-        test_gear=content["test_gear"],
-        stopped=content["stopped"],
-        state=read.state,
-        meters=decode(content["meters"], extra),
-        logs=decode(content["logs"], extra),
-        passes=[(epoch, steps) for epoch, steps in content["passes"]],
-        specs={
-            phase: decode(specs, {})
-            for phase, specs in content["specs"].items()
-            if specs is not None
-        },
-        tests=content["tests"],
     )
 
 
