@@ -192,6 +192,9 @@ def open_run(
         experiment: The loop and data that were recorded, for a run that was begun by
             `fit` in a script; others say themselves how they are made.
 
+    Returns:
+        The run. Opening it reads its manifest, no more, and imports no framework.
+
     Raises:
         RunError: There is no run, or it is damaged.
     """

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import time
 
@@ -156,6 +157,28 @@ def test_no_checkpoint_at_all_leaves_the_steps(undisturbed, limit, tmp_path):
     assert len(said) == 1, said
     assert reading.summary(Folder(path)).resumable_step is None
     assert len(reading.steps(Folder(path))["step"]) == EPOCHS * STEPS
+
+
+@pytest.mark.parametrize("phase", ["train", "end"])
+def test_a_signal_says_so_where_its_checkpoint_cannot_be_written(
+    phase, undisturbed, limit, tmp_path, capsys
+):
+    path, epoch = tmp_path / "run", 5 if phase == "train" else EPOCHS - 1
+    acts = {
+        3: lambda: limit(2**20),
+        epoch: lambda: os.kill(os.getpid(), signal.SIGTERM),
+    }
+    with warned() as said, pytest.raises(SystemExit) as left:
+        recorded(path, acts)
+    limit(resource.RLIM_INFINITY)
+    assert left.value.code == 143
+    assert len(said) == 1, said
+    assert (
+        f"the run '{path}' could not be saved before step {(epoch + 1) * STEPS}: gone "
+        "on with, it starts from the checkpoint before"
+    ) in capsys.readouterr().err
+    assert reading.summary(Folder(path)).resumable_step <= 4 * STEPS
+    assert_goes_on(path, undisturbed)
 
 
 # A journal that cannot be written.

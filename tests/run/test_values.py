@@ -6,12 +6,12 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from trainings import STEPS, train
+from trainings import STEPS, At, train
 
 import loopscope
 from loopscope import Loop, Recording
 from loopscope.events import ChunkEnd
-from loopscope.run import reading
+from loopscope.run import checkpoint, reading
 from loopscope.run.folder import Folder
 from models import FUSED, STEP, blobs, fresh, small_loop, small_model
 
@@ -176,6 +176,35 @@ def test_the_best_checkpoint_is_none_whose_metric_is_no_number(tmp_path):
     last = sorted((path / "checkpoints").glob("*-end.json"))[-1]
     content = json.loads(last.read_text())["content"]["content"]
     assert content["best"] == {"name": None, "value": None}
+
+
+class Worse(At):
+    """Asks for checkpoints, and spoils the weights for good before epoch 3."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 3:
+            self.model.optimizer.learning_rate = 0.0
+            for weight in self.model.trainable_variables:
+                weight.assign(-10.0 * weight)
+
+
+@pytest.mark.parametrize("every", [1, 99], ids=["at_once", "later"])
+def test_the_best_checkpoint_stays_that_was_there_before_it_was_the_best(
+    every, tmp_path
+):
+    path, loop = tmp_path / "run", fresh(small_loop, FUSED)
+    # Every epoch ends at a checkpoint that is due, and only three may stay.
+    how = Recording(path, replay_steps=STEPS, disk_bytes=1, monitor="loss")
+    more = [Worse(loop, every)]
+    history = loop.fit(
+        *blobs(64), batch_size=8, epochs=8, verbose=0, run=how, callbacks=more
+    )
+    assert np.argmin(history.history["loss"]) == 2
+    found, problems = checkpoint.entries(path / "checkpoints")
+    assert not problems
+    best = found[-1].content["best"]
+    assert best["value"] == history.history["loss"][2]
+    assert {e.name: e.step for e in found}[best["name"]] == 3 * STEPS
 
 
 class Twice(keras.metrics.Metric):

@@ -174,7 +174,7 @@ class Recorder:
             raise
         else:
             self._end(None)
-            self._leave("is finished")
+            self._leave("is finished", "could not be recorded to its end")
         finally:
             loop.saves(None)
             loop.unsubscribe(self._hear_first)
@@ -353,7 +353,7 @@ class Recorder:
         turned = self._turn_off() | self._gear_is_new()
         barrier = self._record_writes()
         if self._saved_step < 0 or barrier or turned:
-            self._save(pinned=barrier or turned)
+            self._put(self._capture(pinned=barrier or turned))
         self._before = None
 
     def _gear_is_new(self) -> bool:
@@ -398,7 +398,7 @@ class Recorder:
         late |= run_s >= self._how.replay_s and elapsed_s >= 60 * cost_s
         if self._asked or due or (late and not self._writer.saving):
             self._make_room()
-            self._save()
+            self._put(self._capture())
         self._leave_if_told(None)
 
     def _after_epoch(self, event: EpochEnd) -> None:
@@ -474,9 +474,6 @@ class Recorder:
             self._turn += 1
         return any(path == BARRIER for path, *_ in found)
 
-    def _save(self, standing: Standing | None = None, *, pinned: bool = False) -> None:
-        self._put(self._capture(standing, pinned=pinned))
-
     def _make_room(self) -> None:
         """Wait where the disk is slower than checkpoints have to be made.
 
@@ -490,17 +487,26 @@ class Recorder:
             time.sleep(0.001)
 
     def _put(self, captured: _Captured, *, best: bool = False) -> None:
-        assert self._writer is not None
         waits, self._best_waits, self._asked = self._best_waits, None, False
+        if waits is not None and waits.name == captured.name:
+            best = True
+        elif waits is not None and not best:
+            self._hand_over(waits, best=True)
+        self._hand_over(captured, best=best)
+
+    def _hand_over(self, captured: _Captured, *, best: bool) -> None:
+        """Let the writer write a checkpoint that is not there already."""
+        writer, name = self._writer, captured.name
+        assert writer is not None
         if best:
-            self._best_name = captured.name
-        elif waits is not None:
-            self._best_name = waits.name
-            self._writer.save(waits.make, best=True)
-        if captured.name == self._saved_name:
-            return  # It is there already, and would not be while it is written.
-        self._writer.save(captured.make, best=best)
-        self._saved_name = captured.name
+            self._best_name = name
+        if name == self._saved_name and name not in writer.missing:
+            # Written once more, it would not be there for as long as that takes.
+            if best:
+                writer.keep(name)
+            return
+        writer.save(name, captured.make, best=best)
+        self._saved_name = name
         self._saved_step, self._saved_s = self._loop.step, time.monotonic()
         self._saved_run_s = self._run_s
 
@@ -561,18 +567,25 @@ class Recorder:
         """After a signal: save where training stands, and end it."""
         if self._signal is None or self._writer is None:
             return
-        self._save(standing)
+        self._put(self._capture(standing))
         name = signal.Signals(self._signal).name
         self._event("signal", signal=name)
         self._writer.wait()
-        saved = standing.step if standing is not None else self._loop.step
-        self._leave(f"is saved before step {saved}")
+        step = standing.step if standing is not None else self._loop.step
+        self._say_problems()
+        self._leave(
+            f"is saved before step {step}",
+            f"could not be saved before step {step}: gone on with, it starts from the "
+            "checkpoint before",
+        )
 
-    def _leave(self, how: str) -> None:
+    def _leave(self, saved: str, missing: str) -> None:
+        """After a signal: end the training, and say which of two things is true."""
         if self._signal is None:
             return
-        name = signal.Signals(self._signal).name
-        where = f"the run {str(self._folder.path)!r} {how}"
+        writer, name = self._writer, signal.Signals(self._signal).name
+        lost = writer is not None and self._saved_name in writer.missing
+        where = f"the run {str(self._folder.path)!r} {missing if lost else saved}"
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt(where)
         print(f"loopscope: {name}; {where}", file=sys.stderr)

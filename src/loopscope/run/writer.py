@@ -87,6 +87,8 @@ class Writer:
         """What the last checkpoint took."""
         self.best: str | None = None
         """The name of the best checkpoint, which stays."""
+        self.missing: set[str] = set()
+        """The names of checkpoints that could not be written."""
         self._said: set[str] = set()
         found, _ = checkpoints.entries(folder.checkpoints_path)
         self._kept = [_without_history(e) for e in found if not e.content["finished"]]
@@ -113,10 +115,16 @@ class Writer:
         """Record what `find` returns; it is called on the writing thread."""
         self._queue.put(("fact", name, find))
 
-    def save(self, make: Callable[[], Checkpoint], *, best: bool = False) -> None:
-        """Write a checkpoint; `make` is called on the writing thread."""
+    def save(
+        self, name: str, make: Callable[[], Checkpoint], *, best: bool = False
+    ) -> None:
+        """Write checkpoint `name`; `make` is called on the writing thread."""
         self._queued += 1
-        self._queue.put(("save", make, best))
+        self._queue.put(("save", name, make, best))
+
+    def keep(self, name: str) -> None:
+        """Take a checkpoint that was written or queued for the best one."""
+        self._queue.put(("best", name))
 
     @property
     def saving(self) -> int:
@@ -162,10 +170,19 @@ class Writer:
     def _take(self, kind: str, rest: list[Any]) -> bool:
         if kind == "save":
             try:
-                if not self.failed:
-                    self._save(*rest)
+                name, make, best = rest
+                if self._save(make, best):
+                    self.missing.discard(name)
+                else:
+                    self.missing.add(name)
+            except BaseException:
+                self.missing.add(name)
+                raise
             finally:
                 self._saved += 1
+        elif kind == "best":
+            if rest[0] not in self.missing:
+                self.best = rest[0]
         elif kind == "done":
             self._flush()
             rest[0].set()
@@ -225,12 +242,15 @@ class Writer:
         self._batch = Batch()
         return True
 
-    def _save(self, make: Callable[[], Checkpoint], best: bool) -> None:
+    def _save(self, make: Callable[[], Checkpoint], best: bool) -> bool:
+        """Write a checkpoint; whether it is there."""
+        if self.failed:
+            return False
         began = time.perf_counter()
         made = make()
         # Journal first: a checkpoint whose steps are not recorded would leave a gap.
         if not self._flush(durable=True):
-            return
+            return False
         try:
             described = checkpoints.write(self._folder.checkpoints_path, made)
         except (OSError, RunError) as error:
@@ -242,7 +262,7 @@ class Writer:
                     f"the checkpoint before step {made.step} could not be written "
                     f"({error}); the ones before it stay, and it is tried again later",
                 )
-            return
+            return False
         written = checkpoints.entry_of(made.name, *described)
         self._note(written, kept=True)
         if best:
@@ -255,6 +275,7 @@ class Writer:
         if self._flush(durable=True):
             self._thin()
         self.cost_s = time.perf_counter() - began
+        return True
 
     def _thin(self) -> None:
         """Let go of checkpoints that are not needed."""
