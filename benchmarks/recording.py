@@ -200,12 +200,13 @@ class Watch:
 
             return save
 
-        def saving(real: Callable[..., None]) -> Callable[..., None]:
-            def save(writer: Any, *arguments: Any) -> None:
+        def saving(real: Callable[..., bool]) -> Callable[..., bool]:
+            def save(writer: Any, *arguments: Any) -> bool:
                 began = time.perf_counter()
-                real(writer, *arguments)
+                there = real(writer, *arguments)
                 seconds = time.perf_counter() - began
                 self.saves.append((files[-1][0], seconds, files[-1][1]))
+                return there
 
             return save
 
