@@ -214,7 +214,8 @@ class Watch:
             def write(*arguments: Any) -> Any:
                 began = time.perf_counter()
                 written = real(*arguments)
-                files.append((written.size_bytes, time.perf_counter() - began))
+                _, size = written
+                files.append((size, time.perf_counter() - began))
                 return written
 
             return write
