@@ -11,16 +11,24 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loopscope import backend as backends
 from loopscope import checks, keras_methods, step
 from loopscope.choose import choose
-from loopscope.compare import GearReport, compare, first_step_difference
+from loopscope.compare import (
+    GearReport,
+    Moment,
+    compare,
+    first_step_difference,
+    one_step,
+)
 from loopscope.data.feed import Segment
-from loopscope.data.source import Source, as_source
+from loopscope.data.source import Source, as_source, is_arrays
 from loopscope.epoch import Epoch
 from loopscope.errors import DataError, UsageError
 from loopscope.events import (
@@ -39,6 +47,9 @@ from loopscope.events import (
     TrainEnd,
 )
 from loopscope.gear import AUTO, EAGER, GEARS, Gear, resolve, words_of
+from loopscope.look.alternatives import Alternative, alternatives
+from loopscope.look.opened import OpenedStep
+from loopscope.look.opening import open_step
 from loopscope.meters import Initial, Meters
 from loopscope.run.resume import recording
 from loopscope.runner import Done, Runner
@@ -155,6 +166,8 @@ class Loop:
         self.function: Callable[..., Any] | None = None
         """The function of the experiment that made it."""
         self._save: Callable[[], None] | None = None
+        self._ahead: _Ahead | None = None
+        """The steps of the train step that are about to run."""
         self._specs: dict[Phase, tuple[Any, ...]] = {}
         """Of the batches that each phase was last prepared for."""
         self._meters: Meters | None = None
@@ -600,10 +613,15 @@ class Loop:
             try:
                 while limit is None or index < limit:
                     most = self._chunk_steps(phase, source, index, limit, every)
+                    began = time.perf_counter()
                     segment = data.take(most)
                     if segment is None:
                         break
+                    if phase == "train":
+                        fetch_s = time.perf_counter() - began
+                        self._ahead = _Ahead(segment, source, epoch, index, fetch_s)
                     self._emit(ChunkBegin(phase, index))
+                    self._ahead = None
                     # Whoever listens may change the gear; `None` is not chosen yet.
                     chosen = self._gear if phase == "train" else self._test_gear
                     done = self._run(phase, chosen or gear, segment)
@@ -628,6 +646,7 @@ class Loop:
                     if phase in self._stopped:
                         break
             finally:
+                self._ahead = None
                 data.close()
             self._emit(PhaseEnd(phase, index, meters.results() if meters else {}))
         except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -790,6 +809,110 @@ class Loop:
         chosen = self.prepare("train", source)
         return compare(self._runner, source, chosen=chosen, progress=progress)
 
+    def look(
+        self, x: Any = None, y: Any = None, sample_weight: Any = None
+    ) -> OpenedStep:
+        """Open up a train step on one batch, from the state as it stands.
+
+        Executes it eagerly, once, and sets everything back: tens of milliseconds, and
+        in memory every layer's output. In a listener of `ChunkBegin`, or in the
+        `on_train_batch_begin` of a callback, it needs no data: it opens the step that
+        comes next.
+
+        Example:
+            ```python
+            step = loop.look(x_train[:64], y_train[:64])
+            print(step.loss_per_example[step.worst[:5]], step.first_nonfinite)
+            ```
+
+        Args:
+            x: One batch: arrays as in `fit`, all of whose rows are taken, or an
+                iterable of batches, whose first one is.
+            y: As in `fit`.
+            sample_weight: As in `fit`.
+
+        Returns:
+            The step, with NumPy arrays.
+
+        Raises:
+            UsageError: No data, and no step is about to run.
+        """
+        if x is None:
+            ahead = self._ahead
+            if ahead is None:
+                raise UsageError(
+                    "There is no step to look into. Expected a batch, "
+                    "`loop.look(x, y)`, or a call where a step is about to run: in a "
+                    "callback's `on_train_batch_begin`."
+                )
+            return self._look(ahead)
+        with self._examined(x, y, sample_weight) as source:
+            began = time.perf_counter()
+            data = source.open(0)
+            try:
+                segment = data.take(1)
+                if segment is None:
+                    raise DataError("The data are empty: expected one batch.")
+                fetch_s = time.perf_counter() - began
+                return self._look(_Ahead(segment, source, 0, 0, fetch_s))
+            finally:
+                data.close()
+
+    @contextlib.contextmanager
+    def _examined(self, x: Any, y: Any, sample_weight: Any) -> Iterator[Source]:
+        """A batch as a source, and the train step ready for it; no gear is chosen."""
+        size = sys.maxsize if is_arrays(x, self.backend) else None
+        source = self.source(x, y, sample_weight, batch_size=size, shuffle=False)
+        held = self._gear, self._test_gear
+        try:
+            if self._gear is None:  # To measure gears is not what was asked for.
+                self._gear = self._test_gear = EAGER
+            self.prepare("train", source)
+            self.settle("train", source.specs)
+            self._gear, self._test_gear = held
+            yield source
+        finally:
+            self._gear, self._test_gear = held
+            source.close()
+
+    def ahead(self) -> Segment | None:
+        """The steps that are about to run, where some are: in a chunk's beginning."""
+        return None if self._ahead is None else self._ahead.segment
+
+    def otherwise(
+        self,
+        before: Sequence[Any],
+        segments: tuple[Segment, Segment],
+        *,
+        clipnorm: float | None,
+    ) -> list[Alternative]:
+        """Run a step as it was and otherwise; each time, the loss of the next one.
+
+        The loop stays as it is.
+
+        Args:
+            before: `state.snapshot()` before the step.
+            segments: The data of the step, and of the one after it.
+            clipnorm: To clip all gradients together to; not tried if `None`.
+        """
+        return alternatives(
+            self._runner, before, segments, gear=self._gear, clipnorm=clipnorm
+        )
+
+    def moment(self, gear: Gear, segment: Segment) -> Moment:
+        """What the first step of a segment does in a gear; the loop stays as it is."""
+        return one_step(self._runner, gear, segment)
+
+    def _look(self, ahead: _Ahead) -> OpenedStep:
+        return open_step(
+            self._runner,
+            ahead.segment,
+            step=self.step,
+            gear=self._gear,
+            examples=ahead.source.examples(ahead.epoch, ahead.index),
+            fetch_s=ahead.fetch_s / ahead.segment.steps,
+        )
+
     def first_step_difference(self, source: Source) -> float:
         """How far this loop's gear is from eager in one step from the state of now.
 
@@ -813,6 +936,17 @@ class Loop:
         model = self.model if called else None
         found = stage.found.metrics
         return Meters(model, found, self.backend, initial=self._initial)
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Steps that are about to run: their data, and where these are from."""
+
+    segment: Segment
+    source: Source
+    epoch: int
+    index: int
+    fetch_s: float
 
 
 def _is_step(x: Any, y: Any, backend: Any) -> bool:

@@ -8,16 +8,22 @@ journal.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from loopscope.compare import Moment
 from loopscope.errors import RunError, UsageError
 from loopscope.events import ChunkBegin, ChunkEnd, Event
 from loopscope.experiment import Experiment
+from loopscope.gear import resolve
+from loopscope.look.alternatives import Alternative
+from loopscope.look.opened import OpenedStep
+from loopscope.look.why import Why, usual_gradient_norm, why
 from loopscope.run import changes, checkpoint, reading
 from loopscope.run.checkpoint import Checkpoint, Entry
 from loopscope.run.content import standing_of
@@ -33,6 +39,12 @@ UNKNOWN = (
     "variables (Python's or NumPy's random numbers, attributes that a step changes)"
 )
 
+
+EARLIER = (1, 2, 4, 8, 16)
+"""How far before a step those are that say what is usual in it."""
+
+BEFORE = 50
+"""Steps whose recorded losses say what a usual loss is."""
 
 Recorded = dict[str, tuple[int, np.ndarray]]
 """By name of an output: the number of the first step, and its values from there on."""
@@ -88,6 +100,8 @@ class Rewound:
         state_sha256_before: As `Loop.state.sha256`.
         state_sha256_after: As `Loop.state.sha256`.
         seconds: Wall time of all this; start-up and first compilation included.
+        look: The step opened up, executed once more in gear eager; `None` where that
+            was not asked for, or could not be done.
     """
 
     step: int
@@ -106,6 +120,7 @@ class Rewound:
     state_sha256_before: str
     state_sha256_after: str
     seconds: float
+    look: OpenedStep | None = field(default=None, repr=False)
 
     @property
     def loss_recorded(self) -> float | None:
@@ -135,6 +150,7 @@ class Rewound:
             "state_sha256_before": self.state_sha256_before,
             "state_sha256_after": self.state_sha256_after,
             "seconds": self.seconds,
+            **(self.look.as_dict() if self.look is not None else {}),
         }
 
 
@@ -211,8 +227,12 @@ class Replayer:
         """Whether the data can be had from any position once more."""
         return not self._used or self._source.jumps or self._source.repeats
 
-    def rewind(self, step: int) -> Rewound:
+    def rewind(self, step: int, *, look: bool = True) -> Rewound:
         """Run step `step` again, from the nearest checkpoint at or before it.
+
+        Args:
+            step: Its global number.
+            look: Whether to open it up as well.
 
         Raises:
             UsageError: The run has no such step.
@@ -220,22 +240,21 @@ class Replayer:
         """
         began = time.perf_counter()
         with self._reading() as run:
-            last = run.last
-            if not isinstance(step, int) or not run.first <= step < last:
-                raise UsageError(
-                    f"The run has the steps {run.first} to {last - 1}. "
-                    f"Received: step={step!r}"
-                )
+            run.check(step)
             row = run.epoch_of(step)
             start = self._checkpoint_before(run, step)
-            seen = _Seen(self._loop, step, _order(start))
-            again = self._replay(run, start, step + 1, seen)
+            seen = _Seen(self._loop, step, _order(start), look=look)
+            again = self._replay(run, start, step + 1, seen, {step})
             recorded = {
                 name: values[-1].item()
                 for name, (at, values) in again.recorded.items()
                 if at + len(values) == step + 1
             }
+            opened = seen.look
+            if opened is not None:
+                opened = replace(opened, loss_recorded=_loss(recorded))
             return Rewound(
+                look=opened,
                 step=step,
                 epoch=row.epoch,
                 batch_index=step - row.first_step,
@@ -253,6 +272,66 @@ class Replayer:
                 state_sha256_after=sha256(seen.after.items()),
                 seconds=time.perf_counter() - began,
             )
+
+    def why(self, step: int) -> Why:
+        """The short story of a step: see `loopscope.look.why`.
+
+        Replays some steps before it and the one after it as well.
+
+        Raises:
+            UsageError: The run has no such step.
+            RunError: There is no checkpoint from which it can be reached, or it cannot
+                be executed eagerly.
+        """
+        with self._reading() as run:
+            run.check(step)
+            earlier = {step - n for n in EARLIER if step - n >= run.first}
+            first = min([step, *earlier])
+            start = self._checkpoint_before(run, first)
+            stop = min(step + 2, run.last, run.end_of(run.epoch_of(step)))
+            story = _Story(self._loop, step, earlier)
+            stops = {s for n in earlier for s in (n, n + 1)} | {step, step + 1}
+            again = self._replay(run, start, stop, story, stops)
+            if again.apart is not None:
+                warnings.warn(str(again.apart), stacklevel=3)
+            recorded = run.journal.scalars(
+                None, max(run.first, step - BEFORE), step + 1
+            )
+        name = "loss" if "loss" in recorded else next(iter(recorded), "")
+        losses = recorded[name][1] if name else np.empty(0)
+        opened, history = story.opened()
+        loss = float(losses[-1]) if len(losses) else None
+        return why(
+            replace(opened, loss_recorded=loss),
+            history,
+            losses=np.asarray(losses[:-1], np.float64),
+            loss=loss,
+            earlier=story.alternatives.get(step, ()),
+            later=story.alternatives.get(step + 1, ()),
+        )
+
+    def in_gears(self, step: int, gear: str) -> tuple[Moment, Moment]:
+        """What a step does in the gear of the run, and in another one."""
+        with self._reading() as run:
+            run.check(step)
+            start = self._checkpoint_before(run, step)
+            moments: list[Moment] = []
+            backend = self._loop.backend
+            asked = resolve(gear, backend.gears, backend=backend.name)
+            if asked is None:
+                raise UsageError("Expected the name of a gear. Received: 'auto'")
+
+            def both(event: Event) -> None:
+                loop = self._loop
+                segment, was = loop.ahead(), loop.gear
+                if not isinstance(event, ChunkBegin) or loop.step != step:
+                    return
+                if segment is not None and was is not None:
+                    for gear_ in (was, asked):
+                        moments.append(loop.moment(gear_, segment))
+
+            self._replay(run, start, step + 1, both, {step})
+        return moments[0], moments[1]
 
     def verify(self, *, whole: bool) -> Iterator[Segment]:
         """Replay from checkpoint to checkpoint: three stretches, or all of them."""
@@ -289,9 +368,14 @@ class Replayer:
     # Replaying.
 
     def _replay(
-        self, run: _Run, start: Checkpoint, stop: int, seen: _Seen | None
+        self,
+        run: _Run,
+        start: Checkpoint,
+        stop: int,
+        seen: Callable[[Event], None] | None,
+        at: Collection[int] = (),
     ) -> _Again:
-        """Run steps `start.step` to `stop`, not included."""
+        """Run steps `start.step` to `stop`, not included; chunks end before `at`."""
         loop = self._loop
         if not self.reusable:
             raise RunError(
@@ -303,7 +387,8 @@ class Replayer:
         standing = standing_of(start)
         loop.gear = str(standing.gear)
         listener = _Writes(loop, run.writes, start, _order(start))
-        stops = sorted({at for at, *_ in run.writes if at > start.step} | {stop - 1})
+        written = {step for step, *_ in run.writes if step > start.step}
+        stops = sorted(written | set(at))
 
         def limit(_: int) -> int:
             return min((s - loop.step for s in stops if s > loop.step), default=2**31)
@@ -472,8 +557,12 @@ class _Writes:
 class _Seen:
     """Keeps the state before and after one step."""
 
-    def __init__(self, loop: Any, step: int, names: Sequence[str]) -> None:
+    def __init__(
+        self, loop: Any, step: int, names: Sequence[str], *, look: bool
+    ) -> None:
         self._loop, self._step, self._names = loop, step, names
+        self._looks = look
+        self.look: OpenedStep | None = None
         self.before: dict[str, np.ndarray] = {}
         self.after: dict[str, np.ndarray] = {}
         self.learning_rate: float | None = None
@@ -486,13 +575,63 @@ class _Seen:
             if optimizer is not None:
                 rate = loop.backend.to_numpy(optimizer.learning_rate)
                 self.learning_rate = float(rate)
+            if self._looks:
+                self.look = self._open()
         elif isinstance(event, ChunkEnd) and loop.step == self._step + 1:
             self.after = self._state()
+
+    def _open(self) -> OpenedStep | None:
+        try:
+            opened: OpenedStep = self._loop.look()
+        except Exception as error:
+            # A step that needs its compiler can be replayed all the same.
+            warnings.warn(
+                f"Step {self._step} cannot be opened up, since it cannot be executed "
+                f"in gear eager: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            return None
+        return opened
 
     def _state(self) -> dict[str, np.ndarray]:
         to_numpy = self._loop.backend.to_numpy
         values = [np.array(to_numpy(v)) for v in self._loop.state.snapshot()]
         return dict(zip(self._names, values, strict=True))
+
+
+class _Story:
+    """Looks into steps, and tries some of them otherwise."""
+
+    def __init__(self, loop: Any, step: int, earlier: Collection[int]) -> None:
+        self._loop, self._step, self._earlier = loop, step, earlier
+        self._looks: dict[int, OpenedStep] = {}
+        self._kept: dict[int, tuple[Any, Any]] = {}
+        self.alternatives: dict[int, list[Alternative]] = {}
+        """By the step whose loss they have changed."""
+
+    def __call__(self, event: Event) -> None:
+        loop, step = self._loop, self._step
+        if not isinstance(event, ChunkBegin) or event.phase != "train":
+            return
+        at = loop.step
+        if at == step or at in self._earlier:
+            self._looks[at] = loop.look()
+        if at in (step - 1, step, step + 1):
+            if at - 1 in self._kept:
+                before, segment = self._kept.pop(at - 1)
+                self.alternatives[at] = loop.otherwise(
+                    before,
+                    (segment, loop.ahead()),
+                    clipnorm=usual_gradient_norm(
+                        look for n, look in self._looks.items() if n in self._earlier
+                    ),
+                )
+            self._kept[at] = (loop.state.snapshot(), loop.ahead())
+
+    def opened(self) -> tuple[OpenedStep, dict[int, OpenedStep]]:
+        """The step, and the earlier ones."""
+        looks = dict(self._looks)
+        return looks.pop(self._step), looks
 
 
 class _Run:
@@ -508,6 +647,14 @@ class _Run:
             for at, turn, path, dtype, shape, data in journal.rows("writes")
         ]
         self._second = [e["step"] for e in journal.events("second-pass")]
+
+    def check(self, step: int) -> None:
+        """Refuse a step that the run does not have."""
+        if not isinstance(step, int) or not self.first <= step < self.last:
+            raise UsageError(
+                f"The run has the steps {self.first} to {self.last - 1}. "
+                f"Received: step={step!r}"
+            )
 
     def epoch_of(self, step: int) -> EpochRow:
         """The epoch that a step belongs to."""

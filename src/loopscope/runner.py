@@ -101,6 +101,11 @@ class Runner:
             self._state = State(self._variables(), self.backend)
         return self._state
 
+    def renewed(self) -> State:
+        """The state, looked for anew: a step may have made variables just now."""
+        self._state = None
+        return self.state
+
     def _variables(self) -> list[Any]:
         optimizer = getattr(self.model, "optimizer", None)
         variables = list(self.model.variables)
@@ -200,7 +205,7 @@ class Runner:
         before = self.state.snapshot()
         state, stage = self.state, self.stages[phase]
         outputs = self._advance(phase, gear, segment, segment.start, segment.start + 1)
-        self._state = None  # An untraced step may have built its optimizer just now.
+        self.renewed()  # An untraced step may have built its optimizer just now.
         if phase != "predict" and not stage.traces:
             try:
                 _check_outputs(_row_specs(outputs), stage.step, phase)

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from loopscope.errors import RunError
+from loopscope.errors import RunError, UsageError
 from loopscope.experiment import BUILT_IN, Experiment, load
+from loopscope.look.diff import StepDifference, between, difference, of_moment
+from loopscope.look.opened import OpenedStep
+from loopscope.look.why import Why
 from loopscope.replay import Replayer, Rewound, Segment
 from loopscope.run import reading
 from loopscope.run.branch import branch
@@ -61,8 +64,8 @@ class Run:
         """A step's output in at most `points` points: step, mean, least, greatest."""
         return reading.curve(self._folder, name, points)
 
-    def rewind(self, step: int) -> Rewound:
-        """Run a past step again, from the nearest checkpoint before it.
+    def rewind(self, step: int, *, look: bool = True) -> Rewound:
+        """Run a past step again, from the nearest checkpoint before it; open it up.
 
         The first call makes the experiment and compiles its step (seconds); each one
         restores a checkpoint and runs at most as many steps as lie between two. Does
@@ -70,12 +73,83 @@ class Run:
 
         Args:
             step: Its global number, counted from 0.
+            look: Whether to open it up: it is executed once more in gear eager, and
+                every layer's output is kept.
 
         Raises:
             UsageError: The run has no such step.
             RunError: It cannot be replayed, or the experiment cannot be made.
         """
-        return self._replay().rewind(step)
+        return self._replay().rewind(step, look=look)
+
+    def why(self, step: int) -> Why:
+        """The short story of a step: what carried its loss, what was done with it.
+
+        Looks into the step and up to five before it, and runs the step, and the one
+        before, at half the learning rate and with clipped gradients as well. About a
+        second for a small model. Does not change the run.
+
+        Args:
+            step: Its global number, counted from 0.
+
+        Raises:
+            UsageError: The run has no such step.
+            RunError: It cannot be replayed.
+        """
+        return self._replay().why(step)
+
+    def diff(
+        self,
+        step: int | None = None,
+        *,
+        other: Run | None = None,
+        other_step: int | None = None,
+        gear: str | None = None,
+    ) -> tuple[int, int, StepDifference]:
+        """Two steps side by side: where they part.
+
+        The same step of this run and another one; two steps of this run; or one step
+        in the gear of the run and in another gear (then outputs and variables are
+        compared: a compiled gear shows nothing in between).
+
+        Args:
+            step: Its number; if not given, the first one that the two runs have
+                recorded another loss for.
+            other: Another run.
+            other_step: The step to compare with, if it is another number.
+            gear: Another gear.
+
+        Returns:
+            The two numbers, and what differs.
+
+        Raises:
+            UsageError: There is nothing to compare, or no such step.
+            RunError: A step cannot be replayed or not be opened up.
+        """
+        if sum(given is not None for given in (other, gear)) > 1:
+            raise UsageError("Compare with another run or in another gear, not both.")
+        if gear is not None:
+            if step is None:
+                raise UsageError("Which step? Expected its number with a gear.")
+            moments = self._replay().in_gears(step, gear)
+            return step, step, between(*map(of_moment, moments))
+        if other is None and (other_step is None or step is None):
+            raise UsageError(
+                "There is nothing to compare with. Expected another run, another step, "
+                "or another gear."
+            )
+        if step is None:
+            assert other is not None
+            step = _first_difference(self, other)
+        elsewhere = step if other_step is None else other_step
+        looks = (self._opened(step), (other or self)._opened(elsewhere))
+        return step, elsewhere, difference(*looks)
+
+    def _opened(self, step: int) -> OpenedStep:
+        look = self.rewind(step).look
+        if look is None:
+            raise RunError(f"Step {step} of {self.path} cannot be opened up.")
+        return look
 
     def verify(
         self, *, whole: bool = False, progress: Callable[[Segment], None] | None = None
@@ -199,6 +273,26 @@ def open_run(
         RunError: There is no run, or it is damaged.
     """
     return Run(Folder(Path(path)), experiment)
+
+
+def _first_difference(one: Run, other: Run) -> int:
+    """The first step for which two runs have recorded another output.
+
+    Raises:
+        UsageError: There is none.
+    """
+    a, b = one.steps, other.steps
+    _, mine, others = np.intersect1d(a["step"], b["step"], return_indices=True)
+    apart = np.zeros(len(mine), bool)
+    for name in (set(a) & set(b)) - {"step"}:
+        was, now = a[name][mine], b[name][others]
+        apart |= (was != now) & ~(np.isnan(was) & np.isnan(now))
+    if not apart.any():
+        raise UsageError(
+            f"The {len(mine)} steps that both runs have recorded are the same, bit for "
+            "bit. Name a step to compare all the same."
+        )
+    return int(a["step"][mine][apart.argmax()])
 
 
 def experiment_of(folder: Folder) -> Experiment:

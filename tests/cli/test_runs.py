@@ -54,6 +54,19 @@ REWOUND = {
     "state_sha256_before",
     "state_sha256_after",
     "seconds",
+    # Of the step that was opened up.
+    "examples",
+    "first_nonfinite",
+    "gradients",
+    "layers",
+    "loss",
+    "loss_difference",
+    "loss_per_example",
+    "losses",
+    "missing",
+    "phases",
+    "updates",
+    "worst",
 }
 
 
@@ -110,6 +123,50 @@ def test_the_same_is_said_in_words():
     assert "verified: 20 steps" in in_process("verify", "runs/a", "--all").output
     again = in_process("resume", "runs/a")
     assert "nothing is left to do" in again.output
+
+
+def test_a_rewound_step_is_shown_and_saved(tmp_path):
+    trained("runs/a")
+    shown = in_process("rewind", "runs/a", "--step", "7").output
+    assert "tiny/dense" in shown
+    assert "update/weight" in shown
+    for suffix in (".npz", ".safetensors", ".html"):
+        place = tmp_path / f"step{suffix}"
+        done = in_process("rewind", "runs/a", "--step", "7", "--save", str(place))
+        assert done.exit_code == 0
+        assert place.stat().st_size > 1000
+    refused = in_process("rewind", "runs/a", "--step", "7", "--save", "step.txt")
+    assert refused.exit_code == 2
+    assert ".safetensors" in refused.stderr
+
+
+def test_a_step_is_explained():
+    trained("runs/a")
+    story = document("why", "runs/a", "--step", "7")
+    assert {"loss", "usual_loss", "examples", "gradients", "later", "story"} <= set(
+        story
+    )
+    told = in_process("why", "runs/a", "--step", "7")
+    assert told.exit_code == 0
+    assert "Step 7 has a loss of" in told.output
+
+
+def test_two_runs_are_compared():
+    trained("runs/a")
+    trained("runs/b")
+    same = document("diff", "runs/a", "runs/b", "--step", "7")
+    assert same["partings"] == []
+    document(
+        *("resume", "runs/a", "--from-step", "7", "--run", "runs/c"),
+        *("--learning-rate", "0.5"),
+    )
+    apart = document("diff", "runs/a", "runs/c", code=1)
+    assert apart["step"] == 8
+    assert apart["first"]["kind"] == "weight"
+    said = in_process("diff", "runs/a", "--step", "3", "--other-step", "4")
+    assert said.exit_code == 1
+    assert "first batch x" in said.output
+    assert in_process("diff", "runs/a").exit_code == 2
 
 
 def test_a_branch_leaves_its_parent_alone():

@@ -60,6 +60,39 @@ class Program(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Takes notes while a step runs eagerly; told what only the framework can see."""
+
+    def wanted(self) -> list[Array]:
+        """Arrays so far with respect to which gradients are wanted as well."""
+        ...
+
+    def differentiated(
+        self, wanted: Sequence[Array], gradients: Sequence[Array | None]
+    ) -> None:
+        """Gradients with respect to what was wanted; `None` where none flows."""
+        ...
+
+    def computed(
+        self,
+        name: str,
+        inputs: Sequence[np.ndarray],
+        outputs: Sequence[np.ndarray],
+        *,
+        place: tuple[str, str] | None = None,
+    ) -> None:
+        """An operation was executed: its floating inputs and outputs.
+
+        `place` is the path of its layer and its phase, where it was not executed just
+        now.
+        """
+        ...
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """Count the time of a block for `"forward"`, `"backward"` and so on."""
+        ...
+
+
 class Backend(Protocol):
     """One framework, as the loop sees it."""
 
@@ -91,6 +124,14 @@ class Backend(Protocol):
 
     def is_tensor(self, value: Any) -> bool:
         """Whether `value` is an array of this framework."""
+        ...
+
+    def is_concrete(self, value: Any) -> bool:
+        """Whether `value` can be read now, and does not only stand for an array."""
+        ...
+
+    def is_floating(self, value: Any) -> bool:
+        """Whether `value` is an array of floating numbers."""
         ...
 
     def place(self, array: Any) -> Array:
@@ -179,6 +220,18 @@ class Backend(Protocol):
         """The value of `fn()` and its gradients, inside a step."""
         ...
 
+    unseen: tuple[str, ...]
+    """What an observer is not told on this framework, each with the reason."""
+
+    def observed(
+        self, observer: Observer, gear: Gear | None
+    ) -> AbstractContextManager[None]:
+        """Tell an observer what is computed eagerly within a block.
+
+        Random numbers are drawn as `gear` draws them, as far as that can be done.
+        """
+        ...
+
 
 def cut(
     feed: Feed,
@@ -235,6 +288,7 @@ def no_gradient(variables: Sequence[Any]) -> str:
 __all__ = [
     "Backend",
     "Feed",
+    "Observer",
     "Program",
     "Spec",
     "Step",

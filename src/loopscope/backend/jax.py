@@ -8,16 +8,28 @@ the state as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.extend.core import Literal
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
-from loopscope.backend.base import Program, Step, Trace, Tree, cores, cut, no_gradient
+from loopscope.backend.base import (
+    Observer,
+    Program,
+    Step,
+    Trace,
+    Tree,
+    cores,
+    cut,
+    no_gradient,
+)
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
@@ -32,6 +44,10 @@ class JaxBackend:
     gears = (XLA, FUSED_XLA, EAGER)
     packages = ("jax", "jaxlib")
     loosens = False
+    unseen = (
+        "gradients with respect to layers' outputs: JAX differentiates a function, and "
+        "only with respect to its arguments",
+    )
 
     def device(self) -> str:
         return str(jax.devices()[0].device_kind)
@@ -53,6 +69,12 @@ class JaxBackend:
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, jax.Array)
+
+    def is_concrete(self, value: Any) -> bool:
+        return not isinstance(value, jax.core.Tracer)
+
+    def is_floating(self, value: Any) -> bool:
+        return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
     def place(self, array: Any) -> jax.Array:
         # A copy: JAX on CPU may otherwise share the memory of a NumPy array.
@@ -125,7 +147,7 @@ class JaxBackend:
     ) -> Program:
         one = _cutter(feed, _with_loss_scaling(step))
         if trace is None:
-            return _eager(one)
+            return _eager(one, variables)
         pure = _pure(one, variables)
         if not gear.fused or feed.kind == "whole":
             return _stepwise(jax.jit(pure), variables)
@@ -169,10 +191,61 @@ class JaxBackend:
             return loss, (value, {key: scope.state_mapping[key] for key in touched})
 
         values = [jnp.asarray(v.value) for v in variables]
-        (_, (value, updates)), grads = jax.value_and_grad(pure, has_aux=True)(values)
+        differentiate = jax.value_and_grad(pure, has_aux=True)
+        if _Observed.by is None:
+            (_, (value, updates)), grads = differentiate(values)
+        else:
+            _Observed.forward(fn, zip(variables, values, strict=True))
+            with _Observed.backward():
+                (_, (value, updates)), grads = differentiate(values)
         for key, update in updates.items():
             touched[key].assign(update)
         return value, list(grads)
+
+    @contextmanager
+    def observed(self, observer: Observer, gear: Gear | None) -> Iterator[None]:
+        outer, _Observed.by = _Observed.by, observer
+        try:
+            yield
+        finally:
+            _Observed.by = outer
+
+
+class _Observed:
+    """Who takes notes of eager steps, if anybody does."""
+
+    by: Observer | None = None
+
+    @classmethod
+    def forward(cls, fn: Callable[[], Any], mapping: Iterable[Any]) -> None:
+        """Run the forward pass once more, where its values can be read.
+
+        While it is differentiated they stand for derivatives as well.
+        """
+        with _Undone(state_mapping=mapping, collect_losses=True):
+            fn()
+
+    @classmethod
+    @contextmanager
+    def backward(cls) -> Iterator[None]:
+        """The time of a forward and a backward pass, unseen but for that."""
+        observer, cls.by = cls.by, None
+        assert observer is not None
+        try:
+            with observer.timed("backward"):
+                yield
+        finally:
+            cls.by = observer
+
+
+class _Undone(keras.StatelessScope):
+    """A scope that sees through to what is around it, and leaves nothing behind."""
+
+    def get_current_value(self, variable: Any) -> Any:
+        value = super().get_current_value(variable)
+        if value is None and _Scope.current is not None:
+            value = _Scope.current.get_current_value(variable)
+        return value
 
 
 class _Scope(keras.StatelessScope):
@@ -297,12 +370,97 @@ def _store(variables: Sequence[Any], values: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-def _eager(one: Callable[..., Any]) -> Program:
+def _eager(one: Callable[..., Any], variables: Sequence[Any]) -> Program:
     def run(feed: Feed, start: int, stop: int) -> Tree:
+        before = _load(variables)
         outputs = [one(feed.arrays, feed.order, i) for i in range(start, stop)]
+        observer, _Observed.by = _Observed.by, None
+        if observer is not None and not _all_finite(outputs, _load(variables)):
+            # Executed once more, operation by operation.
+            _retell(observer, one, variables, before, feed, start)
+        _Observed.by = observer
         return map_structure(lambda *leaves: np.stack(leaves), *outputs)
 
     return run
+
+
+def _all_finite(*trees: Any) -> bool:
+    leaves = [leaf for leaf in jax.tree.leaves(trees) if hasattr(leaf, "dtype")]
+    return all(
+        bool(jnp.isfinite(leaf).all())
+        for leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+
+
+def _retell(
+    observer: Observer,
+    one: Callable[..., Any],
+    variables: Sequence[Any],
+    values: Sequence[Any],
+    feed: Feed,
+    index: int,
+) -> None:
+    """Tell an observer every operation of a step, from the state before it."""
+    pure = _pure(one, variables)
+
+    def step(values: Any, arrays: Any) -> Any:
+        return pure(values, arrays, feed.order, index)
+
+    given = (list(values), feed.arrays)
+    closed, arguments = jax.make_jaxpr(step)(*given), jax.tree.leaves(given)
+    _evaluate(observer, closed.jaxpr, closed.consts, arguments)
+
+
+def _evaluate(
+    observer: Observer, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]
+) -> list[Any]:
+    """Evaluate a jaxpr, one equation after the other; functions in it likewise."""
+    known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    known.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else known[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        inner = equation.params.get("jaxpr")
+        if equation.primitive.name in ("pjit", "jit") and inner is not None:
+            outputs = _evaluate(observer, inner.jaxpr, inner.consts, inputs)
+        else:
+            outputs = _bind(equation, inputs)
+            if not equation.primitive.multiple_results:
+                outputs = [outputs]
+            observer.computed(
+                equation.primitive.name,
+                _floating(inputs),
+                _floating(outputs),
+                place=_place(str(equation.source_info.name_stack)),
+            )
+        known.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _bind(equation: Any, inputs: Sequence[Any]) -> Any:
+    found = equation.primitive.get_bind_params(equation.params)
+    # Up to JAX 0.9 the functions of a call come beside its parameters.
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    return equation.primitive.bind(*functions, *inputs, **params)
+
+
+def _floating(arrays: Sequence[Any]) -> list[np.ndarray]:
+    return [
+        np.asarray(a)
+        for a in arrays
+        if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)
+    ]
+
+
+def _place(stack: str) -> tuple[str, str]:
+    """Layer and phase, from what JAX calls a stack of names: `transpose(jvp(a))/b`."""
+    phase = "backward" if "transpose(" in stack else "forward"
+    plain = re.sub(r"\w+\(|\)", "", stack).strip("/")
+    return plain, phase if plain else "other"
 
 
 def _stepwise(pure: Callable[..., Any], variables: Sequence[Any]) -> Program:

@@ -9,16 +9,26 @@ again for every new (start, stop) under XLA.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
+from tensorflow.python.framework import op_callbacks
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
-from loopscope.backend.base import Program, Step, Trace, Tree, cores, cut, no_gradient
+from loopscope.backend.base import (
+    Observer,
+    Program,
+    Step,
+    Trace,
+    Tree,
+    cores,
+    cut,
+    no_gradient,
+)
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GRAPH, XLA, Gear
@@ -33,6 +43,7 @@ class TensorFlowBackend:
     gears = (GRAPH, FUSED_GRAPH, XLA, FUSED_XLA, EAGER)
     packages = ("tensorflow",)
     loosens = True
+    unseen = ()
 
     def device(self) -> str:
         return "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
@@ -53,6 +64,12 @@ class TensorFlowBackend:
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, tf.Tensor)
+
+    def is_concrete(self, value: Any) -> bool:
+        return hasattr(getattr(value, "values", value), "numpy")
+
+    def is_floating(self, value: Any) -> bool:
+        return bool(value.dtype.is_floating)
 
     def place(self, array: Any) -> tf.Tensor:
         return tf.convert_to_tensor(array)
@@ -167,10 +184,77 @@ class TensorFlowBackend:
             raise StepError(no_gradient(variables))
         return value, list(grads)
 
+    @contextmanager
+    def observed(self, observer: Observer, gear: Gear | None) -> Iterator[None]:
+        def gradient(
+            tape: Any, target: Any, sources: Any, *rest: Any, **named: Any
+        ) -> Any:
+            wanted = observer.wanted()
+            with observer.timed("backward"):
+                grads, more = real(tape, target, [sources, wanted], *rest, **named)
+            observer.differentiated(wanted, more)
+            return grads
+
+        def executed(
+            name: str,
+            inputs: Any,
+            attrs: Any,
+            outputs: Any,
+            op_name: str | None = None,
+            graph: Any = None,
+        ) -> None:
+            if graph is None:
+                observer.computed(name, _floating(inputs), _floating(outputs))
+
+        real = tf.GradientTape.gradient
+        compiled = gear is not None and bool(gear.jit_compile)
+        tf.GradientTape.gradient = gradient
+        op_callbacks.add_op_callback(executed)
+        try:
+            with _random_as_compiled() if compiled else nullcontext():
+                yield
+        finally:
+            op_callbacks.remove_op_callback(executed)
+            tf.GradientTape.gradient = real
+
+
+RANDOM = (
+    (tf.random, "stateless_uniform"),
+    (tf.random, "stateless_normal"),
+    (tf.random, "stateless_truncated_normal"),
+    (tf.random, "stateless_categorical"),
+    (tf.nn.experimental, "stateless_dropout"),
+)
+"""What Keras draws random numbers with."""
+
+
+@contextmanager
+def _random_as_compiled() -> Iterator[None]:
+    """Draw random numbers as XLA does: it makes other floats of the same bits."""
+    real = [(owner, name, getattr(owner, name)) for owner, name in RANDOM]
+    for owner, name, function in real:
+        compiled = tf.function(function, jit_compile=True, autograph=False)
+        setattr(owner, name, compiled)
+    try:
+        yield
+    finally:
+        for owner, name, function in real:
+            setattr(owner, name, function)
+
+
+def _floating(tensors: Any) -> list[np.ndarray]:
+    return [
+        np.asarray(_host(t))
+        for t in tensors
+        if isinstance(t, tf.Tensor) and t.dtype.is_floating
+    ]
+
 
 def _host(value: Any) -> Any:
     # A bfloat16 (or float8) of rank 0 gives a NumPy number, which `np.asarray` of the
     # tensor refuses. Copies nothing larger.
+    if isinstance(value, tf.IndexedSlices):
+        value = tf.convert_to_tensor(value)
     alone = isinstance(value, tf.Tensor) and value.shape.rank == 0
     return value.numpy() if alone else value
 

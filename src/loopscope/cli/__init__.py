@@ -5,12 +5,14 @@ from __future__ import annotations
 import click
 
 from loopscope.cli.compare import compare
+from loopscope.cli.diff import diff
 from loopscope.cli.mnist import mnist
 from loopscope.cli.resume import resume
 from loopscope.cli.rewind import rewind
 from loopscope.cli.runs import runs
 from loopscope.cli.train import train
 from loopscope.cli.verify import verify
+from loopscope.cli.why import why
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,5 +30,7 @@ main.add_command(train)
 main.add_command(compare)
 main.add_command(resume)
 main.add_command(rewind)
+main.add_command(why)
+main.add_command(diff)
 main.add_command(verify)
 main.add_command(runs)

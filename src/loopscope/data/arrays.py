@@ -107,13 +107,24 @@ class ArraySource:
     def open(self, epoch: int, start: int = 0) -> ArrayPass | StreamPass:
         """The epoch's data, from step `start` on."""
         assert self.steps is not None
-        # So many epochs go over the arrays once; the last of them may be shorter.
-        turn, part = divmod(epoch, -(-self._all_steps // self.steps))
-        first = part * self.steps
+        turn, first = self._begin(epoch)
         if first + self.steps > self._all_steps:
             ran_dry(stacklevel=2)
         stop = min(first + self.steps, self._all_steps)
         return self._open(turn, min(first + start, stop), stop)
+
+    def _begin(self, epoch: int) -> tuple[int, int]:
+        """Which time the arrays are gone over in an epoch, and from which step on."""
+        assert self.steps is not None
+        # So many epochs go over the arrays once; the last of them may be shorter.
+        turn, part = divmod(epoch, -(-self._all_steps // self.steps))
+        return turn, part * self.steps
+
+    def examples(self, epoch: int, index: int) -> np.ndarray:
+        """The rows of a step's examples."""
+        turn, first = self._begin(epoch)
+        at = (first + index) * self.batch_size
+        return self._order(turn)[at : at + self.batch_size]
 
     def close(self) -> None:
         """Nothing to give back: the arrays stay on the device for the next epoch."""

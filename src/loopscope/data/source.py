@@ -76,6 +76,10 @@ class Source(Protocol):
         """Checksums of some batches read so far, to tell whether they come again."""
         ...
 
+    def examples(self, epoch: int, index: int) -> np.ndarray | None:
+        """The rows of a step's examples in the arrays given, shape `(B,)`."""
+        ...
+
     def sample(self) -> Segment:
         """Some steps for measuring; nothing is used up."""
         ...

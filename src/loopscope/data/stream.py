@@ -366,6 +366,9 @@ class StreamSource:
         marks = {k: v for k, v in known.items() if k[0] in recent}
         return {f"{number}/{place}": crc for (number, place), crc in marks.items()}
 
+    def examples(self, epoch: int, index: int) -> None:
+        """None: batches that come have no numbers."""
+
     def open(self, epoch: int, start: int = 0) -> _EpochOfStream:
         """The epoch's data: from the start, or from where the last epoch stopped."""
         starting_at = getattr(self._batches, "starting_at", None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 
@@ -80,6 +80,122 @@ def rewound(found: Mapping[str, Any]) -> str:
         f"after     state {found['state_sha256_after'][:12]}",
     ]
     return "\n".join(lines)
+
+
+def opened(found: Mapping[str, Any]) -> Group:
+    """A step, opened up."""
+    parts: list[Any] = []
+    if found["loss_difference"] is not None:
+        parts.append(
+            f"opened    in gear eager: loss {_exact(found['loss'])}, relative "
+            f"difference {found['loss_difference']:.1e}"
+        )
+    losses = found["losses"]
+    if len(losses) > 1:
+        parts.append("parts     " + metrics(losses))
+    if found["first_nonfinite"] is not None:
+        parts.append(f"NOT FINITE {_nonfinite(found['first_nonfinite'])}")
+    parts += ["", _worst(found["worst"])] if found["worst"] else []
+    parts += ["", _layers(found["layers"])] if found["layers"] else []
+    parts += ["", _trained(found)] if found["gradients"] else []
+    times = ", ".join(f"{name} {ms:.2f}" for name, ms in found["phases"].items())
+    parts += ["", f"ms        {times} (executed eagerly)"]
+    parts += [f"not seen  {what}" for what in found["missing"]]
+    return Group(*parts)
+
+
+def difference(found: Mapping[str, Any]) -> Group | str:
+    """Two steps side by side."""
+    steps = f"step {found['step']}"
+    if found["other_step"] != found["step"]:
+        steps += f" and step {found['other_step']}"
+    partings = found["partings"]
+    if not partings:
+        return f"{steps}: the same, bit for bit, in {found['compared']} parts"
+    first = partings[0]
+    largest: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    for p in partings:
+        count, most = largest.get(p["kind"], (0, p))
+        most = p if p["relative"] > most["relative"] else most
+        largest[p["kind"]] = (count + 1, most)
+    rows = [
+        (kind, str(count), f"{most['relative']:.1e}", most["name"])
+        for kind, (count, most) in largest.items()
+    ]
+    return Group(
+        f"{steps}: {len(partings)} of {found['compared']} parts differ, first "
+        f"{first['kind']} {first['name']} (relative difference "
+        f"{first['relative']:.1e})",
+        "",
+        table(("what", "differ", "largest", "of"), rows),
+    )
+
+
+def _nonfinite(first: Mapping[str, Any]) -> str:
+    words = [f"{first['what']} {first['name']!r}"]
+    words += [f"in layer {first['layer']!r}"] if first["layer"] else []
+    words += [f"({first['phase']})"] if first["phase"] else []
+    if first["examples"]:
+        words.append(f"at examples {first['examples'][:8]} of the batch")
+    return " ".join(words)
+
+
+def _worst(examples: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        (
+            str(e["position"]),
+            "" if e["example"] is None else str(e["example"]),
+            _short(e["loss"]),
+            "" if e["label"] is None else str(e["label"]),
+            "" if e["predicted"] is None else str(e["predicted"]),
+        )
+        for e in examples
+    ]
+    return table(
+        ("worst, in the batch", "in the data", "loss", "label", "taken for"), rows
+    )
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
+    names = ("mean", "std", "min", "max")
+    rows = [
+        (
+            o["path"] if not o["call"] else f"{o['path']} ({o['call'] + 1})",
+            "x".join(map(str, o["shape"])),
+            *(_short(o[name]) for name in names),
+            _share(o["zeros"]),
+            "no" if o["finite"] is False else "",
+            _short(o["gradient_norm"]),
+        )
+        for o in layers
+    ]
+    columns = ("layer", "shape", *names, "zeros", "finite", "gradient")
+    return table(columns, rows)
+
+
+def _trained(found: Mapping[str, Any]) -> Table:
+    updates = {u["path"]: u for u in found["updates"]}
+    rows = []
+    for g in found["gradients"]:
+        update = updates.get(g["path"], {"norm": None, "ratio": None})
+        rows.append(
+            (
+                g["path"],
+                "none" if g["norm"] is None else _short(g["norm"]),
+                _share(g["zeros"]),
+                _short(update["norm"]),
+                _short(update["ratio"]),
+            )
+        )
+    return table(("variable", "gradient", "zeros", "update", "update/weight"), rows)
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _share(value: Any) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _exact(value: Any) -> str:
