@@ -6,13 +6,14 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from loopscope import keras_methods
+from loopscope.doctor.examine import Examination
 from loopscope.errors import ExperimentError
 from loopscope.loop import Loop
 
@@ -60,6 +61,19 @@ class Experiment:
     def sources(self, hold: ExitStack) -> tuple[Any, Any]:
         """What `fit` trains on and validates with; `hold` closes them."""
         return keras_methods.sources(self.loop, **self.arguments, hold=hold)
+
+    def doctor(
+        self,
+        *,
+        checks: Collection[str] | None = None,
+        progress: Callable[[str], None] = lambda check: None,
+    ) -> Examination:
+        """As `Loop.doctor`, on the data of the experiment."""
+        with ExitStack() as hold:
+            train, validation = self.sources(hold)
+            return self.loop.examine(
+                train, validation, checks=checks, progress=progress
+            )
 
     def train_source(self) -> Any:
         """The training data as a source."""

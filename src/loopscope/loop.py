@@ -13,12 +13,13 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loopscope import backend as backends
 from loopscope import checks, keras_methods, step
+from loopscope.checks import build
 from loopscope.choose import choose
 from loopscope.compare import (
     GearReport,
@@ -29,6 +30,8 @@ from loopscope.compare import (
 )
 from loopscope.data.feed import Segment
 from loopscope.data.source import Source, as_source, is_arrays
+from loopscope.doctor.examine import Examination, examine
+from loopscope.doctor.facts import Facts
 from loopscope.epoch import Epoch
 from loopscope.errors import DataError, UsageError
 from loopscope.events import (
@@ -874,6 +877,80 @@ class Loop:
         finally:
             self._gear, self._test_gear = held
             source.close()
+
+    def doctor(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        validation_data: Any = None,
+        checks: Collection[str] | None = None,
+        progress: Callable[[str], None] = lambda check: None,
+    ) -> Examination:
+        """Look for the classic bugs of training loops, by running steps and measuring.
+
+        Runs some ten train steps and sets everything back: about a second for a small
+        model. docs/doctor.md lists the checks.
+
+        Example:
+            ```python
+            print(loop.doctor(x_train, y_train, validation_data=(x_val, y_val)))
+            ```
+
+        Args:
+            x: Data as in `fit`.
+            y: Data as in `fit`.
+            sample_weight: Data as in `fit`.
+            batch_size: Examples of a step, for arrays.
+            shuffle: As in `fit`.
+            validation_data: As in `fit`: the test step is examined as well.
+            checks: The names of those to make; all, if not given.
+            progress: Told the name of each check before it is made.
+
+        Returns:
+            What was found. The loop stays as it is.
+
+        Raises:
+            UsageError: Data that no step could be run on, or no such check.
+        """
+        with contextlib.ExitStack() as held:
+            source, validation = keras_methods.sources(
+                self,
+                x,
+                y,
+                sample_weight,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                validation_data=validation_data,
+                hold=held,
+            )
+            return self.examine(source, validation, checks=checks, progress=progress)
+
+    def examine(
+        self,
+        source: Source,
+        validation: Source | None = None,
+        *,
+        checks: Collection[str] | None = None,
+        progress: Callable[[str], None] = lambda check: None,
+    ) -> Examination:
+        """`doctor`, for sources that are there already."""
+        self._stage("train")
+        stage = self._runner.stages["train"]
+        if not stage.own:
+            build(self.model, source.specs, "train")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The checks say it themselves.
+            self.settle("train", source.specs)
+            if validation is not None:
+                with contextlib.suppress(UsageError):
+                    self._stage("test")
+                    self.settle("test", validation.specs)
+        facts = Facts(self._runner, source, gear=self._gear, validation=validation)
+        return examine(facts, checks, progress=progress)
 
     def ahead(self) -> Segment | None:
         """The steps that are about to run, where some are: in a chunk's beginning."""

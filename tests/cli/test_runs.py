@@ -169,6 +169,22 @@ def test_two_runs_are_compared():
     assert in_process("diff", "runs/a").exit_code == 2
 
 
+def test_an_experiment_is_examined():
+    found = document("doctor", "experiment.py:tiny")
+    assert found["healthy"] is True
+    assert len(found["seconds"]) == 18
+    one = document("doctor", "experiment.py:tiny", "--check", "labels")
+    assert list(one["seconds"]) == ["labels"]
+    unknown = in_process("doctor", "experiment.py:tiny", "--check", "luck")
+    assert unknown.exit_code == 2
+    assert "from_logits" in unknown.stderr
+    ill = document("doctor", "mnist", "--check", "inputs", code=1)
+    (finding,) = ill["findings"]
+    assert finding["check"] == "inputs"
+    assert finding["measured"]["largest"] == 255
+    assert finding["link"] == "docs/doctor/inputs.md"
+
+
 def test_a_branch_leaves_its_parent_alone():
     trained("runs/a")
     branch = document(

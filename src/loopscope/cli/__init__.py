@@ -6,6 +6,7 @@ import click
 
 from loopscope.cli.compare import compare
 from loopscope.cli.diff import diff
+from loopscope.cli.doctor import doctor
 from loopscope.cli.mnist import mnist
 from loopscope.cli.resume import resume
 from loopscope.cli.rewind import rewind
@@ -28,6 +29,7 @@ def main() -> None:
 main.add_command(mnist)
 main.add_command(train)
 main.add_command(compare)
+main.add_command(doctor)
 main.add_command(resume)
 main.add_command(rewind)
 main.add_command(why)

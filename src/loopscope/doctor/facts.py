@@ -1,0 +1,233 @@
+"""What the checks look at: measured once, when a check first asks for it.
+
+Every measurement sets the state back to where it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from loopscope.data.feed import Feed, Segment
+from loopscope.data.source import Source
+from loopscope.gear import EAGER, Gear
+from loopscope.look.opened import Change, OpenedStep
+from loopscope.look.opening import executed, open_step, probe_of
+from loopscope.look.probe import Call, Judged, Probe
+from loopscope.look.seen import scalars
+from loopscope.runner import Runner
+
+BATCHES = 8
+"""How many batches are read, at most."""
+
+HASHED_BYTES = 2**31
+"""Data larger than this are not compared row by row."""
+
+SETTLING = 10
+"""Steps that are trained before a step is looked into for the second time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A step that was executed under a probe; `look` is `None` if it has raised."""
+
+    look: OpenedStep | None
+    probe: Probe
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """What one test step has done.
+
+    Attributes:
+        calls: Of layers.
+        changes: Variables that are no metric's and were changed, by path.
+    """
+
+    calls: Sequence[Call]
+    changes: Mapping[str, Change]
+
+
+class Facts:
+    """Measurements of a loop on its data.
+
+    Args:
+        runner: Has the train step, and the test step if there is one.
+        source: Of the training data; some of its batches are sampled.
+        gear: In which training runs; `None` while none is chosen.
+        validation: The source of the validation data, if there are any.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        source: Source,
+        *,
+        gear: Gear | None,
+        validation: Source | None = None,
+    ) -> None:
+        self.runner, self.source, self.validation = runner, source, validation
+        self.gear, self.backend, self.model = gear, runner.backend, runner.model
+        self.own = runner.stages["train"].own
+        """Whether the train step is the user's."""
+
+    @cached_property
+    def segment(self) -> Segment:
+        """Some steps of the training data."""
+        return self.source.sample()
+
+    @cached_property
+    def first(self) -> Seen:
+        """The first step, from the state as it stands."""
+        return self._look(self.segment)
+
+    @cached_property
+    def settled(self) -> Seen:
+        """A step after some others: what holds at the start only is over."""
+        segment = self.segment
+        steps = min(SETTLING, segment.steps - 1)
+        if steps < 1 or self.first.error is not None:
+            return self.first
+        with self._kept():
+            for at in range(segment.start, segment.start + steps):
+                part = Segment(segment.feed, at, at + 1)
+                self.runner.run("train", self.gear or EAGER, part)
+            self.runner.finished = 0
+            return self._look(
+                Segment(segment.feed, segment.start + steps, segment.stop)
+            )
+
+    def _look(self, segment: Segment) -> Seen:
+        probe = probe_of(self.runner)
+        try:
+            with self._kept():
+                look = open_step(
+                    self.runner, segment, step=0, gear=self.gear, probe=probe
+                )
+        except Exception as error:
+            return Seen(None, probe, error)
+        return Seen(look, probe)
+
+    @cached_property
+    def looks(self) -> list[OpenedStep]:
+        """The first step and a later one, as far as they could be executed."""
+        seen = {id(s): s for s in (self.first, self.settled)}
+        return [s.look for s in seen.values() if s.look is not None]
+
+    @cached_property
+    def judged(self) -> list[Judged]:
+        """Every call of a loss object in these steps."""
+        seen = {id(s): s for s in (self.first, self.settled)}
+        return [judged for s in seen.values() for judged in s.probe.judged]
+
+    @cached_property
+    def batches(self) -> list[tuple[Any, ...]]:
+        """Some batches on the host, each a tuple (x, y, ...) of trees."""
+        return list(batches(self.runner, self.segment, BATCHES))
+
+    @cached_property
+    def tested(self) -> Tested | None:
+        """What a test step does; `None` if there is none or it cannot be run."""
+        source = self.validation
+        if source is None or "test" not in self.runner.stages:
+            return None
+        segment = source.sample()
+        probe = probe_of(self.runner)
+        state = self.runner.state
+        of_metrics = {id(v) for m in probe.metrics for v in m.variables}
+        with self._kept():
+            before = state.numpy()
+            program = self.backend.program(
+                self.runner.executable("test"),
+                EAGER,
+                segment.feed,
+                None,
+                state.variables,
+                1,
+            )
+            try:
+                with probe.around():
+                    program(segment.feed, segment.start, segment.start + 1)
+            except Exception:
+                return None
+            after = state.numpy()
+            changes = {
+                path: Change(before[path], after[path])
+                for path, variable in state
+                if id(variable) not in of_metrics
+                and before[path].tobytes() != after[path].tobytes()
+            }
+        return Tested(probe.calls, changes)
+
+    def loss_on(self, batch: tuple[Any, ...]) -> float | None:
+        """The loss of the train step on another batch of the same shapes."""
+        import keras
+
+        arrays = keras.tree.map_structure(self.backend.place, batch)
+        like = self.segment.feed
+        feed = Feed("whole", arrays, None, like.batch_size, like.specs, ())
+        with self._kept():
+            outputs, _ = executed(
+                self.runner, Segment(feed, 0, 1), self.gear, probe_of(self.runner)
+            )
+        return scalars(outputs).get("loss")
+
+    def labels(self) -> np.ndarray | None:
+        """All labels of the training data, where these are arrays and it has some."""
+        arrays: tuple[Any, ...] = getattr(self.source, "arrays", ())
+        y = arrays[1] if len(arrays) > 1 else None
+        return np.asarray(y) if getattr(y, "shape", None) else None
+
+    def hashes(self, source: Source | None) -> list[bytes] | None:
+        """A digest of each example's first input, where the data are arrays."""
+        import keras
+
+        arrays = getattr(source, "arrays", None)
+        if not arrays:
+            return None
+        rows = np.asarray(keras.tree.flatten(arrays[0])[0])
+        if rows.nbytes > HASHED_BYTES:
+            return None
+        rows = np.ascontiguousarray(rows)
+        return [blake2b(row.tobytes(), digest_size=12).digest() for row in rows]
+
+    def host(self, value: Any) -> np.ndarray:
+        """A tensor as a NumPy array."""
+        return self.backend.to_numpy(value)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Set the state back; what Keras warns of, the checks say themselves."""
+        state = self.runner.state
+        before = state.snapshot()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            state.restore(before)
+
+
+def batches(runner: Runner, segment: Segment, count: int) -> Iterator[tuple[Any, ...]]:
+    """The first batches of a segment on the host."""
+    import keras
+
+    given: list[tuple[Any, ...]] = []
+
+    def step(*batch: Any) -> dict[str, Any]:
+        given.append(batch)
+        return {}
+
+    stop = min(segment.stop, segment.start + count)
+    program = runner.backend.program(step, EAGER, segment.feed, None, [], 1)
+    program(segment.feed, segment.start, stop)
+    for batch in given:
+        yield keras.tree.map_structure(runner.backend.to_numpy, batch)

@@ -1,0 +1,46 @@
+"""Every planted bug is found and named."""
+
+import keras
+import pytest
+from planted import BUGS, FAMILIES
+
+from loopscope.doctor.checks import ALL
+
+VARIANTS = [(name, family) for name in BUGS for family in FAMILIES]
+
+
+def examined(name, family):
+    _, plant = BUGS[name]
+    loop, data = plant(family)
+    options = data[-1] if isinstance(data[-1], dict) else {}
+    arrays = data[:-1] if options else data
+    if len(arrays) > 1:
+        options = {"batch_size": 32, **options}
+    return loop.doctor(*arrays, **options)
+
+
+# In each family on one backend or the other; all on both are left to the slow tests.
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        pytest.param(
+            name,
+            family,
+            id=f"{name}-{family.name}",
+            marks=[] if family is FAMILIES[0] else pytest.mark.slow,
+        )
+        for name, family in VARIANTS
+    ],
+)
+def test_a_planted_bug_is_found_and_named(name, family):
+    keras.utils.set_random_seed(0)
+    check, _ = BUGS[name]
+    examination = examined(name, family)
+    found = [f.check for f in examination.findings]
+    assert check in found, str(examination)
+    assert not examination.failed, examination.failed
+
+
+def test_there_are_enough_of_them():
+    assert len(VARIANTS) >= 40
+    assert {check for check, _ in BUGS.values()} == set(ALL) - {"resuming"}
