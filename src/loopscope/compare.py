@@ -114,14 +114,14 @@ def compare(
 def one_step(runner: Runner, gear: Gear, segment: Segment) -> Moment:
     """Run a segment's first step in a gear, and undo it."""
     state = runner.state
-    before, values = state.snapshot(), state.numpy()
+    values = state.numpy()
     first = Segment(segment.feed, segment.start, segment.start + 1)
     try:
-        done = runner.run("train", gear, first)
-        return Moment(done.outputs, values, state.numpy())
+        with state.kept():
+            done = runner.run("train", gear, first)
+            return Moment(done.outputs, values, state.numpy())
     finally:
         runner.finished = 0
-        state.restore(before)
 
 
 def difference(one: Moment, other: Moment) -> float:

@@ -121,7 +121,7 @@ class Epoch:
         source = self._loop.source(
             *_parts(data), batch_size=batch_size, shuffle=False, steps_per_epoch=steps
         )
-        logs: dict[str, Any] = self._loop.test(source)
+        logs: dict[str, Any] = self._loop.test(source, limit=steps)
         self._validation = {f"val_{name}": value for name, value in logs.items()}
         return logs
 

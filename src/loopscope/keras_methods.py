@@ -8,8 +8,14 @@ them in as its methods.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+)
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +53,7 @@ def fit(
     *,
     run: Any = None,
     resume: bool | str = False,
+    fast_dev_run: int = 0,
 ) -> Any:
     """Train as `keras.Model.fit` does, argument by argument, and record it if asked to.
 
@@ -55,6 +62,9 @@ def fit(
         resume: Go on with the run that is in the folder, at the next batch, to the
             bits that it would have ended in; begin one if there is none. `"anyway"`:
             even if something has changed that can change bits.
+        fast_dev_run: Run so many steps of everything, training and validation, to see
+            that it runs: nothing is recorded, callbacks that write files or to
+            services are left out, and the loop is as it was after it.
 
     Returns:
         A `keras.callbacks.History`.
@@ -67,8 +77,13 @@ def fit(
     """
     checks.count("epochs", epochs, least=0)
     checks.count("initial_epoch", initial_epoch, least=0)
+    checks.count("fast_dev_run", fast_dev_run, least=0)
     _check_frequency(validation_freq)
     epochs = _capped(epochs)
+    steps = fast_dev_run or None
+    if steps:
+        epochs, initial_epoch, run = 1, 0, None
+        callbacks = _that_write_nothing(callbacks)
     of_data: dict[str, Any] = {
         "batch_size": batch_size,
         "validation_split": validation_split,
@@ -94,13 +109,15 @@ def fit(
         if validation is not None:
             self.prepare("test", validation)
         self.prepare("train", train, epochs_left=max(1, epochs - initial_epoch))
+        if steps:
+            held.enter_context(_set_back(self, train))
         listener = CallbackListener(
             self,
             callbacks,
             phase="train",
             verbose=verbose,
             epochs=epochs,
-            steps=steps_per_epoch or train.steps,
+            steps=steps or steps_per_epoch or train.steps,
         )
         held.enter_context(listener.subscribed())
         if recorder is not None:
@@ -116,11 +133,51 @@ def fit(
             return getattr(self.model, "_initial_epoch", None) or initial_epoch
 
         for epoch in self.run_epochs(first, epochs):
-            for _ in epoch.train(train, every=None):
+            for _ in epoch.train(train, every=None, steps=steps):
                 pass
             if validation is not None and _is_due(epoch.index, validation_freq):
-                epoch.validate(validation)
+                epoch.validate(validation, steps=steps)
     return self.model.history
+
+
+WRITERS = (
+    "BackupAndRestore",
+    "CSVLogger",
+    "ModelCheckpoint",
+    "OrbaxCheckpoint",
+    "RemoteMonitor",
+    "TensorBoard",
+)
+"""Keras's callbacks that write files or to services."""
+
+SERVICES = ("aim", "clearml", "comet_ml", "mlflow", "neptune", "wandb")
+"""Packages whose callbacks do."""
+
+
+def _that_write_nothing(callbacks: Any) -> list[Any]:
+    """The callbacks of a run that must leave no trace."""
+    given = getattr(callbacks, "callbacks", callbacks) or []
+    given = given if isinstance(given, (list, tuple)) else [given]
+
+    def writes(callback: Any) -> bool:
+        kinds = type(callback).__mro__
+        keras = any(
+            kind.__name__ in WRITERS and kind.__module__.startswith("keras.")
+            for kind in kinds
+        )
+        return keras or any(kind.__module__.split(".")[0] in SERVICES for kind in kinds)
+
+    return [callback for callback in given if not writes(callback)]
+
+
+@contextmanager
+def _set_back(self: Loop, train: Source) -> Iterator[None]:
+    """Training within this block leaves the loop as it was."""
+    self.settle("train", train.specs)
+    before = self.standing()
+    with self.state.kept():
+        yield
+    self.stand(before)
 
 
 def sources(

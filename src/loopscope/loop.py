@@ -56,8 +56,10 @@ from loopscope.look.opening import open_step
 from loopscope.meters import Initial, Meters
 from loopscope.run.resume import recording
 from loopscope.runner import Done, Runner
+from loopscope.showing import listing
 from loopscope.standing import Cursor, Standing
 from loopscope.state import State
+from loopscope.trials import LearningRates, Overfitted, find_lr, overfit
 
 CHUNK_S = 0.25
 """What a chunk aims to last: often enough for progress and Ctrl-C."""
@@ -698,15 +700,15 @@ class Loop:
         pace = self._step_s.get(phase)
         return max(1, min(most, 8 if pace is None else int(CHUNK_S / pace)))
 
-    def test(self, source: Source) -> dict[str, Any]:
-        """Run the test step over a source; the metrics' values by name."""
+    def test(self, source: Source, limit: int | None = None) -> dict[str, Any]:
+        """Run the test step over a source, or so many steps; metrics by name."""
         self._failed = False
         self._stopped.discard("test")
         meters = self.meters("test")
         suspended = meters.suspend()
         meters.reset()
         try:
-            for _ in self.run_pass("test", source, meters):
+            for _ in self.run_pass("test", source, meters, limit=limit):
                 pass
             self._tests += 1
             return meters.results()
@@ -848,8 +850,11 @@ class Loop:
                     "`loop.look(x, y)`, or a call where a step is about to run: in a "
                     "callback's `on_train_batch_begin`."
                 )
-            return self._look(ahead)
-        with self._examined(x, y, sample_weight) as source:
+            return self._look(ahead, self._gear)
+        size = sys.maxsize if is_arrays(x, self.backend) else None
+        source = self.source(x, y, sample_weight, batch_size=size, shuffle=False)
+        chosen = self._gear
+        with self._ready(source):
             began = time.perf_counter()
             data = source.open(0)
             try:
@@ -857,26 +862,9 @@ class Loop:
                 if segment is None:
                     raise DataError("The data are empty: expected one batch.")
                 fetch_s = time.perf_counter() - began
-                return self._look(_Ahead(segment, source, 0, 0, fetch_s))
+                return self._look(_Ahead(segment, source, 0, 0, fetch_s), chosen)
             finally:
                 data.close()
-
-    @contextlib.contextmanager
-    def _examined(self, x: Any, y: Any, sample_weight: Any) -> Iterator[Source]:
-        """A batch as a source, and the train step ready for it; no gear is chosen."""
-        size = sys.maxsize if is_arrays(x, self.backend) else None
-        source = self.source(x, y, sample_weight, batch_size=size, shuffle=False)
-        held = self._gear, self._test_gear
-        try:
-            if self._gear is None:  # To measure gears is not what was asked for.
-                self._gear = self._test_gear = EAGER
-            self.prepare("train", source)
-            self.settle("train", source.specs)
-            self._gear, self._test_gear = held
-            yield source
-        finally:
-            self._gear, self._test_gear = held
-            source.close()
 
     def doctor(
         self,
@@ -952,6 +940,103 @@ class Loop:
         facts = Facts(self._runner, source, gear=self._gear, validation=validation)
         return examine(facts, checks, progress=progress)
 
+    def show(self, callbacks: Any = None) -> None:
+        """Print the loop as code: the steps, and where each callback is called.
+
+        Args:
+            callbacks: As `fit` would get them.
+        """
+        own: dict[str, Callable[..., Any] | None] = {}
+        for phase in ("train", "test"):
+            base = getattr(Loop, f"{phase}_step")
+            given = self._own.get(phase) or getattr(self, f"{phase}_step")
+            own[phase] = None if getattr(given, "__func__", given) is base else given
+            if own[phase] is None and checks.overrides(self.model, f"{phase}_step"):
+                own[phase] = getattr(self.model, f"{phase}_step")
+        listed = list(getattr(callbacks, "callbacks", callbacks) or [])
+        print(listing(self.model, gear=self._gear, steps=own, callbacks=listed), end="")
+
+    def find_lr(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int | None = None,
+        start: float = 1e-7,
+        end: float = 10.0,
+        steps: int = 100,
+    ) -> LearningRates:
+        """Train a little with a growing learning rate, and see where the loss falls.
+
+        On the live variables, which are set back. A notebook shows the curve.
+
+        Args:
+            x: Data as in `fit`.
+            y: Data as in `fit`.
+            sample_weight: Data as in `fit`.
+            batch_size: Examples of a step, for arrays.
+            start: The first learning rate.
+            end: The last one, unless the loss has grown fourfold before.
+            steps: So many, geometrically spaced.
+
+        Returns:
+            Rates, losses, and the rate at which the loss falls fastest.
+
+        Raises:
+            UsageError: No range, or an optimizer whose learning rate is a schedule.
+        """
+        source = self.source(x, y, sample_weight, batch_size=batch_size)
+        with self._ready(source) as gear:
+            return find_lr(
+                self._runner, source, gear, start=start, end=end, steps=steps
+            )
+
+    def overfit(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int | None = None,
+        batches: int = 1,
+        steps: int = 200,
+    ) -> Overfitted:
+        """Train on the same few batches: a loop that cannot learn one is broken.
+
+        On the live variables, which are set back.
+
+        Args:
+            x: Data as in `fit`.
+            y: Data as in `fit`.
+            sample_weight: Data as in `fit`.
+            batch_size: Examples of a step, for arrays.
+            batches: How many.
+            steps: At most so many; it ends when the loss is a hundredth.
+
+        Returns:
+            The losses, and whether the last is less than a tenth of the first.
+        """
+        checks.count("batches", batches, least=1)
+        checks.count("steps", steps, least=1)
+        source = self.source(x, y, sample_weight, batch_size=batch_size)
+        with self._ready(source) as gear:
+            return overfit(self._runner, source, gear, batches=batches, steps=steps)
+
+    @contextlib.contextmanager
+    def _ready(self, source: Source) -> Iterator[Gear]:
+        """The train step, ready to run single steps of a source; its gear."""
+        held = self._gear, self._test_gear
+        try:
+            if self._gear is None:  # To measure gears is not what was asked for.
+                self._gear = self._test_gear = self.backend.gears[0]
+            gear = self.prepare("train", source)
+            self.settle("train", source.specs)
+            yield gear
+        finally:
+            self._gear, self._test_gear = held
+            source.close()
+
     def ahead(self) -> Segment | None:
         """The steps that are about to run, where some are: in a chunk's beginning."""
         return None if self._ahead is None else self._ahead.segment
@@ -980,12 +1065,12 @@ class Loop:
         """What the first step of a segment does in a gear; the loop stays as it is."""
         return one_step(self._runner, gear, segment)
 
-    def _look(self, ahead: _Ahead) -> OpenedStep:
+    def _look(self, ahead: _Ahead, gear: Gear | None) -> OpenedStep:
         return open_step(
             self._runner,
             ahead.segment,
             step=self.step,
-            gear=self._gear,
+            gear=gear,
             examples=ahead.source.examples(ahead.epoch, ahead.index),
             fetch_s=ahead.fetch_s / ahead.segment.steps,
         )

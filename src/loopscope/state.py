@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,15 @@ class State:
         """Set every variable back to `snapshot`."""
         for variable, value in zip(self._by_path.values(), snapshot, strict=True):
             self._backend.assign(variable, value)
+
+    @contextmanager
+    def kept(self) -> Iterator[Snapshot]:
+        """A block after which every variable has the value that it had before."""
+        before = self.snapshot()
+        try:
+            yield before
+        finally:
+            self.restore(before)
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Set every variable to the value of its path, or else of its place.

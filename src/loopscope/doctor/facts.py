@@ -206,14 +206,9 @@ class Facts:
     @contextmanager
     def _kept(self) -> Iterator[None]:
         """Set the state back; what Keras warns of, the checks say themselves."""
-        state = self.runner.state
-        before = state.snapshot()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            state.restore(before)
+        with self.runner.state.kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
 
 
 def batches(runner: Runner, segment: Segment, count: int) -> Iterator[tuple[Any, ...]]:

@@ -55,9 +55,8 @@ def alternatives(
         words = f"with gradients clipped to a global norm of {clipnorm:.3g}"
         tried.append((words, lambda: _clipped(clipnorm)))
     state = runner.state
-    now = state.snapshot()
     found = []
-    try:
+    with state.kept():
         for words, change in tried:
             state.restore(list(before))
             with change():
@@ -65,8 +64,6 @@ def alternatives(
             outputs = _run(runner, segments[1], gear)
             loss = outputs.get("loss", next(iter(outputs.values()), None))
             found.append(Alternative(words, loss))
-    finally:
-        state.restore(now)
     return found
 
 
