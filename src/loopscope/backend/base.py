@@ -93,6 +93,22 @@ class Observer(Protocol):
         ...
 
 
+class Audience(Protocol):
+    """Watches a script that is run in a framework."""
+
+    def shuffled(self, buffer: int, size: int, after_batch: bool) -> None:
+        """A pipeline of `size` elements (negative: unknown) is shuffled."""
+        ...
+
+    def made(self, name: str) -> None:
+        """A function was made that is to run compiled."""
+        ...
+
+    def called_compiled(self) -> AbstractContextManager[None]:
+        """A block in which such a function is called."""
+        ...
+
+
 class Backend(Protocol):
     """One framework, as the loop sees it."""
 
@@ -232,6 +248,13 @@ class Backend(Protocol):
         """
         ...
 
+    def scripted(self, audience: Audience) -> AbstractContextManager[None]:
+        """A block in which functions that would run compiled run eagerly.
+
+        The audience is told of them, and of pipelines that are shuffled.
+        """
+        ...
+
 
 def cut(
     feed: Feed,
@@ -286,6 +309,7 @@ def no_gradient(variables: Sequence[Any]) -> str:
 
 
 __all__ = [
+    "Audience",
     "Backend",
     "Feed",
     "Observer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jax.extend.core import Literal
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
 from loopscope.backend.base import (
+    Audience,
     Observer,
     Program,
     Step,
@@ -31,7 +32,7 @@ from loopscope.backend.base import (
     no_gradient,
 )
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
-from loopscope.errors import StepError
+from loopscope.errors import StepError, UsageError
 from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
 
 map_structure = keras.tree.map_structure
@@ -209,6 +210,13 @@ class JaxBackend:
             yield
         finally:
             _Observed.by = outer
+
+    def scripted(self, audience: Audience) -> AbstractContextManager[None]:
+        raise UsageError(
+            "Scripts with a loop of their own can be watched on TensorFlow only: on "
+            "JAX their model runs inside of a transformation, where nobody can look. "
+            "Give the step to a `loopscope.Loop`, and the loop to the doctor."
+        )
 
 
 class _Observed:

@@ -8,6 +8,7 @@ again for every new (start, stop) under XLA.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from tensorflow.python.framework import op_callbacks
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from loopscope.backend.base import (
+    Audience,
     Observer,
     Program,
     Step,
@@ -216,6 +218,58 @@ class TensorFlowBackend:
         finally:
             op_callbacks.remove_op_callback(executed)
             tf.GradientTape.gradient = real
+
+    @contextmanager
+    def scripted(self, audience: Audience) -> Iterator[None]:
+        def shuffle(dataset: Any, buffer_size: Any, *rest: Any, **named: Any) -> Any:
+            parts = [type(part).__name__ for part in _pipeline(dataset)]
+            audience.shuffled(
+                int(buffer_size),
+                int(dataset.cardinality()),
+                any("Batch" in name for name in parts),
+            )
+            return real_shuffle(dataset, buffer_size, *rest, **named)
+
+        def function(func: Any = None, *rest: Any, **named: Any) -> Any:
+            if func is None:
+                return lambda given: function(given, *rest, **named)
+            audience.made(getattr(func, "__name__", repr(func)))
+            return _Told(real_function(func, *rest, **named), audience)
+
+        real_function, real_shuffle = tf.function, tf.data.Dataset.shuffle
+        was_eager = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        tf.function, tf.data.Dataset.shuffle = function, shuffle
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Even though the")
+                yield
+        finally:
+            tf.function, tf.data.Dataset.shuffle = real_function, real_shuffle
+            tf.config.run_functions_eagerly(was_eager)
+
+
+class _Told:
+    """A compiled function that says when it is called."""
+
+    def __init__(self, function: Any, audience: Audience) -> None:
+        self._function, self._audience = function, audience
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        with self._audience.called_compiled():
+            return self._function(*arguments, **named)
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return _Told(self._function.__get__(instance, owner), self._audience)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+
+def _pipeline(dataset: Any) -> Iterator[Any]:
+    yield dataset
+    for part in dataset._inputs():
+        yield from _pipeline(part)
 
 
 RANDOM = (

@@ -96,7 +96,7 @@ class Probe:
     def __init__(
         self, backend: Backend, metrics: Sequence[Any], losses: Callable[[], list[Any]]
     ) -> None:
-        self._backend, self.metrics, self._losses = backend, metrics, losses
+        self._backend, self.metrics, self._losses = backend, list(metrics), losses
         self.calls: list[Call] = []
         self.judged: list[Judged] = []
         self.applied: list[Applied] = []
@@ -130,8 +130,9 @@ class Probe:
             (optimizer, "apply", self._apply),
             (scaled, "apply", self._apply),
         ]
-        owners = {_owner(type(m), "update_state") for m in self.metrics}
-        changes += [(owner, "update_state", self._metric) for owner in owners]
+        changes += [
+            (owner, "update_state", self._metric) for owner in self._metric_kinds()
+        ]
         real = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
         for owner, name, around in changes:
             setattr(owner, name, around(vars(owner)[name]))
@@ -140,6 +141,10 @@ class Probe:
         finally:
             for owner, name, function in real:
                 setattr(owner, name, function)
+
+    def _metric_kinds(self) -> set[type]:
+        """The classes whose `update_state` is called."""
+        return {_owner(type(m), "update_state") for m in self.metrics}
 
     # What the framework tells.
 

@@ -1,0 +1,174 @@
+"""Scripts with a loop of their own: bugs are found, with the lines of the script."""
+
+import textwrap
+from pathlib import Path
+
+import keras
+import pytest
+
+import loopscope
+from loopscope.errors import ExperimentError, UsageError
+from models import TENSORFLOW
+
+if not TENSORFLOW:
+
+    def test_on_jax_a_script_is_refused(tmp_path):
+        from loopscope.doctor.script import examine_script
+
+        (tmp_path / "a.py").write_text("pass\n")
+        with pytest.raises(UsageError, match="TensorFlow only"):
+            examine_script(tmp_path / "a.py")
+
+else:
+    from loopscope.doctor.script import examine_script
+
+    pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+    TUTORIAL = Path(__file__).parent / "tutorial.py"
+
+    SCRIPT = """
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 512)
+    x = (rng.normal(size=(3, 8))[y] + rng.normal(size=(512, 8))).astype("float32")
+    dataset = tf.data.Dataset.from_tensor_slices((x, y))
+    dataset = dataset.shuffle(512).batch(16)  # data
+
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="relu"),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(3),
+        ]
+    )
+    optimizer = keras.optimizers.Adam(1e-3)
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    metric = keras.metrics.SparseCategoricalAccuracy()
+
+
+    @tf.function
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            logits = model(x, training=True)  # model
+            loss = loss_fn(y, logits)  # loss
+        grads = tape.gradient(loss, model.trainable_weights)
+        optimizer.apply_gradients(zip(grads, model.trainable_weights))  # optimizer
+        metric.update_state(y, logits)
+        return loss
+
+
+    for epoch in range(50):
+        for batch in dataset:
+            loss = train_step(*batch)  # step
+        print(epoch, float(loss), float(metric.result()))
+        metric.reset_state()
+    """
+
+    BUGS = {
+        "from_logits": (
+            "layers.Dense(3)",
+            'layers.Dense(3, activation="softmax")',
+            "loss",
+        ),
+        "labels": ("slices((x, y))", "slices((x, y + 1))", "loss"),
+        "inputs": ('.astype("float32")', '.astype("float32") * 100', "model"),
+        "training_flag": ("training=True", "training=False", "model"),
+        "metrics_twice": (
+            "        return loss\n",
+            "        metric.update_state(y, logits)\n        return loss\n",
+            "optimizer",
+        ),
+        "variables": (
+            "model.trainable_weights",
+            "model.trainable_weights[2:]",
+            "optimizer",
+        ),
+        "update_ratio": ("Adam(1e-3)", "Adam(10.0)", "optimizer"),
+        "order": ("shuffle(512).batch(16)", "shuffle(64).batch(16)", "data"),
+        "uncompiled": ("    @tf.function\n", "", "optimizer"),
+        "retracing": (
+            "train_step(*batch)  # step",
+            "tf.function(train_step)(*batch)  # step",
+            "step",
+        ),
+    }
+
+    def examined(tmp_path, text):
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(text))
+        return examine_script(path, steps=12), path
+
+    @pytest.fixture
+    def mnist(monkeypatch):
+        monkeypatch.setattr(keras.datasets.mnist, "load_data", loopscope.datasets.mnist)
+
+    def test_in_the_tutorial_its_four_flaws_are_found_and_nothing_else(mnist):
+        found = examine_script(TUTORIAL, steps=12)
+        lines = TUTORIAL.read_text().splitlines()
+        by_check = {f.check: f for f in found.findings}
+        assert sorted(by_check) == ["from_logits", "inputs", "order", "uncompiled"]
+        assert len(found.findings) == 4
+        assert not found.failed
+
+        def line(finding):
+            name, number = finding.where.split(",")[0].split(":")
+            assert name == "tutorial.py"
+            return lines[int(number) - 1]
+
+        assert "loss_fn(y_batch, logits)" in line(by_check["from_logits"])
+        assert "model(x_batch" in line(by_check["inputs"])
+        assert "shuffle(buffer_size=1024)" in line(by_check["order"])
+        assert by_check["order"].measured == {"buffer": 1024, "examples": 50000}
+        assert "apply_gradients" in line(by_check["uncompiled"])
+        measured = by_check["uncompiled"].measured
+        assert measured["eager_ms"] > 2 * measured["compiled_ms"] > 0
+
+    def test_in_a_healthy_script_nothing_is_found(tmp_path):
+        found, _ = examined(tmp_path, SCRIPT)
+        assert not found.findings, str(found)
+        assert not found.failed
+
+    @pytest.mark.parametrize("check", BUGS)
+    def test_a_bug_of_a_script_is_found_with_its_line(check, tmp_path):
+        was, now, mark = BUGS[check]
+        assert was in SCRIPT
+        found, path = examined(tmp_path, SCRIPT.replace(was, now))
+        finding = next((f for f in found.findings if f.check == check), None)
+        assert finding is not None, str(found)
+        number = int(finding.where.split(",")[0].split(":")[1])
+        assert f"# {mark}" in path.read_text().splitlines()[number - 1]
+
+    def test_shuffling_after_batching_is_found(tmp_path):
+        text = SCRIPT.replace("shuffle(512).batch(16)", "batch(16).shuffle(32)")
+        found, _ = examined(tmp_path, text)
+        assert [f.check for f in found.findings] == ["order"]
+        assert "not examples" in found.findings[0].message
+
+    def test_frameworks_are_as_they_were_after_a_script(tmp_path):
+        import tensorflow as tf
+
+        kept = tf.function, tf.data.Dataset.shuffle, tf.GradientTape.gradient
+        examined(tmp_path, SCRIPT)
+        assert (tf.function, tf.data.Dataset.shuffle, tf.GradientTape.gradient) == kept
+        assert not tf.config.functions_run_eagerly()
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("import keras\n", "no loop to look at"),
+            ("1 / 0\n", "ZeroDivisionError"),
+            ("raise SystemExit(3)\n", "SystemExit"),
+        ],
+    )
+    def test_a_script_without_a_loop_is_refused(text, said, tmp_path):
+        (tmp_path / "a.py").write_text(text)
+        with pytest.raises(ExperimentError, match=said):
+            examine_script(tmp_path / "a.py")
+
+    def test_a_script_that_is_not_there_is_refused(tmp_path):
+        with pytest.raises(ExperimentError, match="no file"):
+            examine_script(tmp_path / "a.py")
