@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What one target starts may run side by side; targets do not.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow crash-test compatibility check format bench clean
+.PHONY: help demo test test-slow crash-test compatibility doctor-results check format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,16 @@ compatibility: $(DEV) ## compare with Keras's fit, and write docs/compatibility.
 	done
 	@$(BIN)/python tests/compatibility.py build/parity-tensorflow.xml \
 	  build/parity-jax.xml > docs/compatibility.md
+
+# docs/doctor-results.md says what the doctor finds of what was planted.
+doctor-results: $(DEV) ## plant every bug, and write docs/doctor-results.md
+	@mkdir -p build
+	@for backend in tensorflow jax; do \
+	  TF_CPP_MIN_LOG_LEVEL=3 KERAS_BACKEND=$$backend $(BIN)/python \
+	    tests/doctor/results.py examine > build/doctor-$$backend.json || exit 1; \
+	done
+	@$(BIN)/python tests/doctor/results.py page build/doctor-tensorflow.json \
+	  build/doctor-jax.json > docs/doctor-results.md
 
 check: $(DEV) ## check format, lint, types, import rules and docs; changes nothing
 	@$(BIN)/ruff format --check --quiet --diff .

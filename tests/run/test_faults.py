@@ -308,6 +308,27 @@ def test_a_folder_that_is_replaced_by_another_run_is_left_alone(undisturbed, tmp
     )
 
 
+def test_a_checkpoint_under_way_goes_into_no_other_run(
+    undisturbed, tmp_path, monkeypatch
+):
+    path, other, write = tmp_path / "run", tmp_path / "other", checkpoint.write
+    recorded(other)
+    files_were = sorted(p.name for p in (other / "checkpoints").iterdir())
+
+    def late(folder, made):
+        # Between the writer's look at the folder and the first byte.
+        if made.step == 4 * STEPS and other.exists():
+            remove(path)
+            other.rename(path)
+        return write(folder, made)
+
+    monkeypatch.setattr(checkpoint, "write", late)
+    with warned() as said:
+        assert recorded(path) == undisturbed
+    assert "is gone; recording ends here" in said[0]
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == files_were
+
+
 def test_checkpoints_that_are_removed_end_no_training(undisturbed, tmp_path):
     path = tmp_path / "run"
     with warned() as said:

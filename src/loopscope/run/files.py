@@ -39,6 +39,26 @@ def write(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+class HeldFolder:
+    """A folder that stays the one it was, whatever is put at its path later.
+
+    Where the system has `/proc/self/fd`; elsewhere it is its path.
+
+    Raises:
+        OSError: It is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        through = Path(f"/proc/self/fd/{self._descriptor}")
+        self.path = through if through.is_dir() else path
+        """Leads to the folder; nowhere, once that is removed."""
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._descriptor)
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -24,6 +24,7 @@ import numpy as np
 from loopscope.errors import RunError
 from loopscope.run import checkpoint as checkpoints
 from loopscope.run.checkpoint import Checkpoint, Entry
+from loopscope.run.files import HeldFolder
 from loopscope.run.folder import Folder
 from loopscope.run.journal import JournalWriter, Row, text
 from loopscope.run.keep import Kept, superfluous
@@ -78,6 +79,8 @@ class Writer:
         self._batch = Batch()
         self._next_event = journal.next_event()
         self._identity = _inode(folder)
+        # Whatever comes to lie at its path is another run's.
+        self._checkpoints = HeldFolder(folder.checkpoints_path)
         self.problems: queue.SimpleQueue[str] = queue.SimpleQueue()
         """What went wrong, for the thread that trains to say."""
         self.failed = False
@@ -145,6 +148,7 @@ class Writer:
         if lost:
             self._say("lost", f"nothing is recorded from step {min(lost)} on")
         self._journal.close(tidy=tidy and not self.failed)
+        self._checkpoints.close()
 
     # The thread.
 
@@ -252,15 +256,16 @@ class Writer:
         if not self._flush(durable=True):
             return False
         try:
-            described = checkpoints.write(self._folder.checkpoints_path, made)
+            described = checkpoints.write(self._checkpoints.path, made)
         except (OSError, RunError) as error:
             if _inode(self._folder) != self._identity:
                 self._give_up(f"the run folder {self._folder.path} is gone")
             else:
+                why = getattr(error, "strerror", None) or error
                 self._say(
                     "checkpoint",
                     f"the checkpoint before step {made.step} could not be written "
-                    f"({error}); the ones before it stay, and it is tried again later",
+                    f"({why}); the ones before it stay, and it is tried again later",
                 )
             return False
         written = checkpoints.entry_of(made.name, *described)
@@ -288,7 +293,7 @@ class Writer:
         )
         for e in [e for e in self._kept if e.name in gone]:
             self._kept.remove(e)
-            checkpoints.remove(self._folder.checkpoints_path, e.name)
+            checkpoints.remove(self._checkpoints.path, e.name)
             self._note(e, kept=False)
 
     def _note(self, entry: Entry, *, kept: bool) -> None:
