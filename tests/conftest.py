@@ -21,6 +21,14 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(items):
+    """On JAX, what is marked as slow there is slow."""
+    if keras.backend.backend() == "jax":
+        for item in items:
+            if item.get_closest_marker("slow_on_jax") is not None:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def clean_keras():
     """Names, seeds and the dtype policy start the same in each test."""

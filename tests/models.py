@@ -29,6 +29,24 @@ BRIEF = [
 ]
 """All gears; those that compile for seconds on TensorFlow are left to `test-slow`."""
 
+
+def thinned(values, every, *, beside=(), ids=str):
+    """All values, as parameters; on JAX all but every so many are slow tests.
+
+    Running one small operation for the first time takes JAX far longer.
+    """
+    return [
+        pytest.param(
+            value,
+            id=ids(value),
+            marks=[]
+            if TENSORFLOW or i % every == 0 or value in beside
+            else pytest.mark.slow,
+        )
+        for i, value in enumerate(values)
+    ]
+
+
 STEP = "graph" if TENSORFLOW else "xla"
 """The gear that compiles one step."""
 

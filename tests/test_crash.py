@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import keras
+import pytest
 
 PROGRAM = Path(__file__).parent / "crash" / "run.py"
 CASES = {"tensorflow": "tf-fused", "jax": "jax-fused"}
 
 
+@pytest.mark.slow_on_jax
 def test_a_training_killed_three_times_ends_as_the_one_that_nobody_disturbed():
     case = CASES[keras.backend.backend()]
     # With this seed the two that are aimed come first, and early in the training.

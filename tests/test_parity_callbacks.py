@@ -231,9 +231,11 @@ ALONE = {
 
 def each_case():
     for name in CASES:
-        yield pytest.param(name, True, id=f"{name}-recorded")
         marks = () if name in ALONE else pytest.mark.slow
         yield pytest.param(name, False, id=f"{name}-alone", marks=marks)
+        # Those that run alone in the quick suite are recorded in the slow one.
+        marks = pytest.mark.slow if name in ALONE else ()
+        yield pytest.param(name, True, id=f"{name}-recorded", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "record"), list(each_case()))

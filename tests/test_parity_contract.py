@@ -292,6 +292,7 @@ LOADER = """
 """
 
 
+@pytest.mark.slow_on_jax
 def test_a_data_loader_and_tensors_of_torch_train_as_in_keras():
     code = textwrap.dedent(LOADER.format(tests=os.path.dirname(__file__)))
     done = subprocess.run(
