@@ -132,6 +132,32 @@ else:
         assert not found.findings, str(found)
         assert not found.failed
 
+    VALIDATED = (
+        SCRIPT.replace("512", "64")
+        .replace(
+            "        metric.reset_state()\n",
+            """        metric.reset_state()
+        for batch in dataset:
+            logits = model(batch[0], training=False)
+            validation_loss = loss_fn(batch[1], logits)
+            validation.update_state(batch[1], logits)
+    """,
+        )
+        .replace(
+            "    @tf.function\n",
+            "    validation = keras.metrics.SparseCategoricalAccuracy()\n"
+            "\n\n    @tf.function\n",
+        )
+    )
+
+    def test_validation_between_the_steps_is_not_taken_for_training(tmp_path):
+        assert VALIDATED.count("validation") == 3
+        found, _ = examined(tmp_path, VALIDATED)
+        assert not found.findings, str(found)
+        text = VALIDATED.replace("training=True", "training=False")
+        found, _ = examined(tmp_path, text)
+        assert [f.check for f in found.findings] == ["training_flag"]
+
     @pytest.mark.parametrize("check", BUGS)
     def test_a_bug_of_a_script_is_found_with_its_line(check, tmp_path):
         was, now, mark = BUGS[check]

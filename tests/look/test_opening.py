@@ -1,5 +1,7 @@
 """A step that is looked into is the step that runs, and looking changes nothing."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -215,6 +217,31 @@ def test_the_step_of_the_tutorial_is_looked_into():
         moved = [p for p, c in step.metrics.items() if c.before != c.after]
         assert moved == [v.path for v in metric.variables]
         assert not step.missing
+
+
+def test_what_other_threads_call_meanwhile_is_not_the_step():
+    loop = fresh(small_loop, "eager")
+    model = loop.model
+    elsewhere = layers.Dense(3, name="elsewhere")
+
+    @loop.train_step
+    def train_step(x, y):
+        assert float(y[0]) >= 0  # Nothing that could be traced.
+        thread = threading.Thread(target=elsewhere, args=(x,))
+        thread.start()
+        thread.join()
+
+        def loss():
+            return keras.ops.mean(keras.ops.square(model(x, training=True)))
+
+        value, grads = loopscope.value_and_grad(loss, model.trainable_variables)
+        model.optimizer.apply(grads, model.trainable_variables)
+        return value
+
+    step = loop.look(*blobs(8))
+    assert elsewhere.built
+    assert len(step.layers) == 3
+    assert not any("elsewhere" in o.path for o in step.layers)
 
 
 def test_nested_and_shared_layers_are_told_by_where_they_are_called():

@@ -28,7 +28,7 @@ from loopscope.doctor.finding import Finding
 from loopscope.doctor.measuring import eager_and_compiled
 from loopscope.errors import ExperimentError
 from loopscope.look.opened import OpenedStep
-from loopscope.look.probe import Judged, Probe
+from loopscope.look.probe import Call, Judged, Probe
 from loopscope.look.seen import Seen as SeenStep
 
 STEPS = 30
@@ -136,6 +136,8 @@ class Watching(Probe):
             if not self._stack and self._tensors((arguments, named)):
                 if self.applied:
                     self._end_step()
+                else:
+                    self.updates.clear()  # They were for a validation batch.
                 if self.model is None or len(layer.variables) > len(
                     self.model.variables
                 ):
@@ -208,6 +210,7 @@ class Watching(Probe):
 
     def _end_step(self) -> None:
         seconds = time.perf_counter() - self._began
+        self._leave_out_validation()
         notes = Probe(self._backend, list(self.metrics), list)
         for name in ("calls", "judged", "applied", "origins", "born", "updates"):
             setattr(notes, name, getattr(self, name))
@@ -227,6 +230,26 @@ class Watching(Probe):
         self._before = {}
         if len(self.steps) >= self._most:
             raise Enough
+
+    def _leave_out_validation(self) -> None:
+        """Drop calls of the model that nothing was differentiated through."""
+        groups: list[list[Call]] = [[]]
+        for call in self.calls:  # What was called within a call comes before it.
+            groups[-1].append(call)
+            if "/" not in call.path:
+                groups.append([])
+        learning = [
+            group
+            for group in groups
+            if any(g is not None for call in group for g in call.gradients)
+        ]
+        if not learning:
+            return
+        left = {id(c) for group in groups for c in group}
+        self.calls = [call for group in learning for call in group]
+        left -= {id(c) for c in self.calls}
+        outputs = {id(o) for g in groups for c in g if id(c) in left for o in c.outputs}
+        self.judged = [j for j in self.judged if id(j.y_pred) not in outputs]
 
     def _batch(self, notes: Probe) -> tuple[Any, ...]:
         outer = [c for c in notes.calls if "/" not in c.path]

@@ -7,6 +7,7 @@ alone can see (its tape, its operations) it tells through `Backend.observed`.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,7 +136,8 @@ class Probe:
         ]
         real = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
         for owner, name, around in changes:
-            setattr(owner, name, around(vars(owner)[name]))
+            method = vars(owner)[name]
+            setattr(owner, name, _in_this_thread(around(method), method))
         try:
             yield
         finally:
@@ -288,6 +290,19 @@ class Probe:
                 return real(optimizer, grads, variables)
 
         return apply
+
+
+def _in_this_thread(
+    noted: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A method that takes notes here, and none in threads that prepare data."""
+    here = threading.get_ident()
+
+    def method(*arguments: Any, **named: Any) -> Any:
+        chosen = noted if threading.get_ident() == here else plain
+        return chosen(*arguments, **named)
+
+    return method
 
 
 def _scope(optimizer: Any) -> Any:
