@@ -30,19 +30,22 @@ BRIEF = [
 """All gears; those that compile for seconds on TensorFlow are left to `test-slow`."""
 
 
-def thinned(values, every, *, beside=(), ids=str):
+def thinned(values, every, *, ids=str):
     """All values, as parameters; on JAX all but every so many are slow tests.
 
     Running one small operation for the first time takes JAX far longer.
     """
+    return _marked(values, lambda i: TENSORFLOW or i % every == 0, ids)
+
+
+def halved(values, *, ids=str):
+    """All values, as parameters: in the quick suite each on one of the backends."""
+    return _marked(values, lambda i: i % 2 == (0 if TENSORFLOW else 1), ids)
+
+
+def _marked(values, quick, ids):
     return [
-        pytest.param(
-            value,
-            id=ids(value),
-            marks=[]
-            if TENSORFLOW or i % every == 0 or value in beside
-            else pytest.mark.slow,
-        )
+        pytest.param(value, id=ids(value), marks=[] if quick(i) else pytest.mark.slow)
         for i, value in enumerate(values)
     ]
 

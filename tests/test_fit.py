@@ -11,6 +11,7 @@ from models import (
     Batches,
     blobs,
     fresh,
+    halved,
     numbers,
     reference,
     relative,
@@ -105,7 +106,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", halved(CALLS))
 def test_fit_gives_the_history_and_the_weights_of_keras(name, data, pair):
     options = {"epochs": 3, "batch_size": 8, "shuffle": False, "verbose": 0}
     options.update({k: v(data) if callable(v) else v for k, v in CALLS[name].items()})

@@ -19,6 +19,7 @@ from models import (
     differences,
     fresh,
     gan,
+    halved,
     numbers,
     record_gradients,
     relative,
@@ -51,7 +52,7 @@ def worst(reference, taken):
     return {path: value for path, value in found.items() if value > TOLERANCE}
 
 
-@pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.__name__)
+@pytest.mark.parametrize("builder", halved(ALL, ids=lambda builder: builder.__name__))
 def test_loss_gradients_and_variables_of_a_step_are_those_of_eager(builder):
     make, (x, y) = builder()
     loop = fresh(make, COMPILED[0])

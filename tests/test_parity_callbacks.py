@@ -230,12 +230,16 @@ ALONE = {
 
 
 def each_case():
-    for name in CASES:
-        marks = () if name in ALONE else pytest.mark.slow
-        yield pytest.param(name, False, id=f"{name}-alone", marks=marks)
-        # Those that run alone in the quick suite are recorded in the slow one.
-        marks = pytest.mark.slow if name in ALONE else ()
-        yield pytest.param(name, True, id=f"{name}-recorded", marks=marks)
+    """In the quick suite each alone or recorded, half of the latter on each backend."""
+    for i, name in enumerate(CASES):
+        alone, here = name in ALONE, i % 2 == (0 if TENSORFLOW else 1)
+        for record, quick in ((False, alone), (True, here and not alone)):
+            yield pytest.param(
+                name,
+                record,
+                id=f"{name}-{'recorded' if record else 'alone'}",
+                marks=() if quick else pytest.mark.slow,
+            )
 
 
 @pytest.mark.parametrize(("name", "record"), list(each_case()))

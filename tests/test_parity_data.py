@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from models import TENSORFLOW, blobs, numbers, thinned
+from models import TENSORFLOW, blobs, halved, numbers
 from parity import assert_alike, both
 
 ROWS, SIZE = 22, 8
@@ -239,7 +239,7 @@ ONLY_TENSORFLOW = {
 """On JAX, Keras's workers keep what they had prefetched: its order is another."""
 
 
-@pytest.mark.parametrize("name", thinned(KINDS, 2))
+@pytest.mark.parametrize("name", halved(KINDS))
 def test_fit_is_that_of_keras_on(name):
     if name in ONLY_TENSORFLOW and not TENSORFLOW:
         pytest.skip("Keras itself does not keep the order here")

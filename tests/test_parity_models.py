@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from models import GEARS, TENSORFLOW, blobs, classes, numbers, thinned
+from models import GEARS, TENSORFLOW, blobs, classes, halved, numbers
 from parity import assert_alike, both
 
 ROWS = 22
@@ -341,7 +341,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", thinned(CASES, 2))
+@pytest.mark.parametrize("name", halved(CASES))
 def test_fit_with_validation_is_that_of_keras(name):
     build, (x, y), extra = CASES[name]
 
@@ -351,7 +351,7 @@ def test_fit_with_validation_is_that_of_keras(name):
     assert_alike(*both(build, call))
 
 
-@pytest.mark.parametrize("name", thinned(CASES, 2))
+@pytest.mark.parametrize("name", halved(CASES))
 def test_evaluate_is_that_of_keras(name):
     build, (x, y), extra = CASES[name]
     as_dict = list(CASES).index(name) % 2 == 0

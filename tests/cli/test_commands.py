@@ -117,7 +117,7 @@ def test_mnist_json_has_the_promised_keys_and_faster_gears_take_the_same_step(
     assert not verified["differences"]
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_mnist_prints_the_lines_of_the_tutorial(tmp_path):
     done = loopscope(
         *("mnist", "--batch-size", "200", "--epochs", "1", "--logits", "--no-run"),
@@ -140,7 +140,7 @@ def test_mnist_prints_the_lines_of_the_tutorial(tmp_path):
     assert "\x1b" not in done.stdout
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_train_gives_the_same_state_in_two_processes(folder):
     first, again = (
         document("train", "experiment.py:tiny", "--seed", "1", cwd=folder)

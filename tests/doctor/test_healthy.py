@@ -19,11 +19,11 @@ from models import (
     embedding_with_mixed_outputs,
     fresh,
     gan,
+    halved,
     lstm,
     numbers,
     small_loop,
     subclassed,
-    thinned,
     transformer_block,
 )
 
@@ -409,9 +409,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(
-    "healthy", thinned(SMALL, 4, ids=lambda healthy: healthy.__name__)
-)
+@pytest.mark.parametrize("healthy", halved(SMALL, ids=lambda healthy: healthy.__name__))
 def test_nothing_is_found_in_a_healthy_loop(healthy):
     keras.utils.set_random_seed(0)
     loop, data = healthy()

@@ -23,6 +23,7 @@ from models import (
     STEP,
     blobs,
     fresh,
+    halved,
     mixed_loop,
     small_loop,
     small_model,
@@ -89,7 +90,7 @@ def fit_arrays(*data, batch_size=8, epochs=3, **arguments):
     return fit
 
 
-@pytest.mark.parametrize("build", ALL)
+@pytest.mark.parametrize("build", halved(ALL, ids=lambda build: build.__name__))
 def test_every_kind_of_model_and_step_goes_on_in_the_middle_of_an_epoch(
     build, tmp_path
 ):

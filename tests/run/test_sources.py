@@ -7,7 +7,7 @@ import pytest
 from loopscope import Experiment, Recording, open_run
 from loopscope.errors import RunError
 from loopscope.events import ChunkEnd
-from models import STEP, Batches, blobs, fresh, small_loop, warned
+from models import STEP, Batches, blobs, fresh, halved, small_loop, warned
 
 X, Y = blobs(60)
 
@@ -156,7 +156,7 @@ def train(arguments, *, at=None, **run):
     return loop, None
 
 
-@pytest.mark.parametrize("make", SOURCES)
+@pytest.mark.parametrize("make", halved(SOURCES, ids=lambda make: make.__name__))
 def test_training_goes_on_at_the_next_batch(make, tmp_path):
     whole, expected = train(make(tmp_path), run=Recording(tmp_path / "whole", 3))
     path = tmp_path / "ended"
