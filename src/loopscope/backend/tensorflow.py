@@ -281,14 +281,18 @@ RANDOM = (
 )
 """What Keras draws random numbers with."""
 
+_COMPILED: dict[str, Any] = {}
+"""The same, each compiled by itself."""
+
 
 @contextmanager
 def _random_as_compiled() -> Iterator[None]:
     """Draw random numbers as XLA does: it makes other floats of the same bits."""
     real = [(owner, name, getattr(owner, name)) for owner, name in RANDOM]
     for owner, name, function in real:
-        compiled = tf.function(function, jit_compile=True, autograph=False)
-        setattr(owner, name, compiled)
+        if name not in _COMPILED:  # It is traced anew for each shape, once.
+            _COMPILED[name] = tf.function(function, jit_compile=True, autograph=False)
+        setattr(owner, name, _COMPILED[name])
     try:
         yield
     finally:
