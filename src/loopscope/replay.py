@@ -33,6 +33,7 @@ from loopscope.run.journal import EpochRow, JournalReader
 from loopscope.run.watch import BARRIER, value_of
 from loopscope.standing import Cursor
 from loopscope.state import sha256
+from loopscope.step import loss_of
 
 UNKNOWN = (
     "an operation that does not give the same bits twice, or state outside of Keras's "
@@ -125,12 +126,12 @@ class Rewound:
     @property
     def loss_recorded(self) -> float | None:
         """The recorded loss (the first output, where none is called so)."""
-        return _loss(self.outputs_recorded)
+        return loss_of(self.outputs_recorded)
 
     @property
     def loss_replayed(self) -> float | None:
         """The loss of now."""
-        return _loss(self.outputs)
+        return loss_of(self.outputs)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the states, as plain data."""
@@ -252,7 +253,7 @@ class Replayer:
             }
             opened = seen.look
             if opened is not None:
-                opened = replace(opened, loss_recorded=_loss(recorded))
+                opened = replace(opened, loss_recorded=loss_of(recorded))
             return Rewound(
                 look=opened,
                 step=step,
@@ -712,7 +713,3 @@ def _largest(was: np.ndarray, now: np.ndarray) -> float:
         apart = np.abs(a[: len(b)] - b) / np.abs(a[: len(b)])
     apart = apart[~_same(was[: len(b)], now[: len(was)].astype(was.dtype))]
     return float(np.nanmax(apart, initial=0.0))
-
-
-def _loss(outputs: Mapping[str, float]) -> float | None:
-    return outputs.get("loss", next(iter(outputs.values()), None))

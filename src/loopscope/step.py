@@ -7,12 +7,14 @@ loss scaling and the optimizer are Keras's; here is only their order.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from loopscope import backend
 from loopscope.events import Phase
+
+Output = TypeVar("Output")
 
 
 def value_and_grad(
@@ -158,6 +160,11 @@ def _update_metrics(
     if tracker is not None:
         tracker.update_state(loss, sample_weight=batch_size(x))
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+
+def loss_of(outputs: Mapping[str, Output]) -> Output | None:
+    """The loss among a step's outputs: the first, where none is called so."""
+    return outputs.get("loss", next(iter(outputs.values()), None))
 
 
 def batch_size(x: Any) -> Any:

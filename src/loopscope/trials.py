@@ -12,6 +12,7 @@ from loopscope.data.source import Source
 from loopscope.errors import UsageError
 from loopscope.gear import Gear
 from loopscope.runner import Runner
+from loopscope.step import loss_of
 
 DIVERGED = 4.0
 """A sweep of learning rates ends at so many times the smallest loss so far."""
@@ -137,9 +138,9 @@ def _steps(source: Source, count: int) -> Iterator[Segment]:
 def _loss(runner: Runner, gear: Gear, part: Segment) -> float:
     done = runner.run("train", gear, part)
     runner.finished = 0
-    outputs = done.outputs
-    name = "loss" if "loss" in outputs else next(iter(outputs))
-    return float(outputs[name][0])
+    loss = loss_of(done.outputs)
+    assert loss is not None  # A train step without outputs is refused.
+    return float(loss[0])
 
 
 def _steepest(rates: np.ndarray, losses: np.ndarray) -> float | None:

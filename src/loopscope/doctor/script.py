@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import runpy
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +55,6 @@ class Step:
     probe: Probe
     look: OpenedStep | None
     batch: tuple[Any, ...]
-    seconds: float
     lines: Mapping[str, int]
 
 
@@ -88,7 +86,6 @@ class Watching(Probe):
         self.model: Any = None
         self._before: dict[int, Any] = {}
         self._variables: list[Any] = []
-        self._began = 0.0
         self._lines: dict[str, int] = {}
         self.within_compiled = False
         self.compiled_steps = 0
@@ -201,7 +198,6 @@ class Watching(Probe):
         single = {id(v): v for v in self._variables}
         self._variables = list(single.values())
         self._before = {id(v): read(v) for v in self._variables}
-        self._began = time.perf_counter()
 
     def end_early(self) -> None:
         """A script has raised: its step is what was noted so far."""
@@ -209,7 +205,6 @@ class Watching(Probe):
             self._end_step()
 
     def _end_step(self) -> None:
-        seconds = time.perf_counter() - self._began
         self._leave_out_validation()
         notes = Probe(self._backend, list(self.metrics), list)
         for name in ("calls", "judged", "applied", "origins", "born", "updates"):
@@ -220,7 +215,6 @@ class Watching(Probe):
                 notes,
                 self._look(notes) if notes.applied else None,
                 self._batch(notes),
-                seconds,
                 self._lines,
             )
         )
@@ -263,16 +257,13 @@ class Watching(Probe):
         size = len(batch[0]) if batch else 0
         value = notes.judged[0].value if notes.judged else None
         loss = [] if value is None else [float(self._backend.to_numpy(value))]
-        known = {id(v) for v in self._variables} | {id(v) for v, _ in notes.born}
         variables = {id(v): v for v in (*self._variables, *(v for v, _ in notes.born))}
         seen = SeenStep(
             runner=SimpleNamespace(  # type: ignore[arg-type]
                 backend=self._backend,
                 model=self.model,
                 stages={"train": SimpleNamespace(found=Found(), own=True)},
-                renewed=lambda: [
-                    (v.path, v) for i, v in variables.items() if i in known
-                ],
+                renewed=lambda: [(v.path, v) for v in variables.values()],
             ),
             probe=notes,
             segment=SimpleNamespace(feed=SimpleNamespace(batch_size=size)),  # type: ignore[arg-type]
@@ -450,7 +441,7 @@ def _of_functions(watched: Watching, path: Path) -> Iterator[Finding]:
         return
     first = watched.steps[0]
     eager_s, compiled_s = eager_and_compiled(watched.model, first.probe, first.batch)
-    line = watched.steps[0].lines.get("optimizer")
+    line = first.lines.get("optimizer")
     if compiled_s is not None and eager_s > SLOWER * compiled_s:
         yield Finding(
             "uncompiled",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from loopscope.look.opening import executed
 from loopscope.look.probe import Probe
 from loopscope.look.seen import scalars
 from loopscope.runner import Runner
+from loopscope.step import loss_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def alternatives(
         clipnorm: To clip all gradients together to; not tried if `None`.
     """
     tried: list[tuple[str, Callable[[], Any]]] = [
-        ("as it was", _unchanged),
+        ("as it was", nullcontext),
         ("at half the learning rate", lambda: _learning_rate(0.5)),
     ]
     if clipnorm is not None:
@@ -62,8 +63,7 @@ def alternatives(
             with change():
                 _run(runner, segments[0], gear)
             outputs = _run(runner, segments[1], gear)
-            loss = outputs.get("loss", next(iter(outputs.values()), None))
-            found.append(Alternative(words, loss))
+            found.append(Alternative(words, loss_of(outputs)))
     return found
 
 
@@ -72,44 +72,30 @@ def _run(runner: Runner, segment: Segment, gear: Gear | None) -> dict[str, float
     return scalars(executed(runner, segment, gear, probe)[0])
 
 
-@contextmanager
-def _unchanged() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _learning_rate(factor: float) -> Iterator[None]:
+def _learning_rate(factor: float) -> AbstractContextManager[None]:
     """Every optimizer takes a part of its learning rate."""
-    owner, name = _base("_get_current_learning_rate")
-    real = vars(owner)[name]
-    setattr(owner, name, lambda optimizer: real(optimizer) * factor)
-    try:
-        yield
-    finally:
-        setattr(owner, name, real)
+    return _with_result("_get_current_learning_rate", lambda rate: rate * factor)
 
 
-@contextmanager
-def _clipped(norm: float) -> Iterator[None]:
+def _clipped(norm: float) -> AbstractContextManager[None]:
     """Every optimizer gets its gradients clipped, all together."""
     from keras.src.optimizers.base_optimizer import clip_by_global_norm
 
-    owner, name = _base("_clip_gradients")
+    return _with_result(
+        "_clip_gradients", lambda grads: clip_by_global_norm(grads, norm)
+    )
+
+
+@contextmanager
+def _with_result(name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """A block in which a method of every optimizer returns something else."""
+    import keras
+
+    kinds = keras.optimizers.Optimizer.__mro__
+    owner = next(kind for kind in kinds if name in vars(kind))
     real = vars(owner)[name]
-
-    def clip(optimizer: Any, grads: Any) -> Any:
-        return clip_by_global_norm(real(optimizer, grads), norm)
-
-    setattr(owner, name, clip)
+    setattr(owner, name, lambda *arguments: change(real(*arguments)))
     try:
         yield
     finally:
         setattr(owner, name, real)
-
-
-def _base(name: str) -> tuple[type, str]:
-    """The class of Keras's optimizers that has a method."""
-    import keras
-
-    kinds = keras.optimizers.Optimizer.__mro__
-    return next(kind for kind in kinds if name in vars(kind)), name

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.compare import Moment, relative
-from loopscope.look.opened import OpenedStep
+from loopscope.look.opened import OpenedStep, leaves
 
 Part = tuple[str, str, np.ndarray]
 """Kind, name and values."""
@@ -88,11 +88,8 @@ def between(a: Sequence[Part], b: Sequence[Part]) -> StepDifference:
 
 
 def _parts(step: OpenedStep) -> Iterator[Part]:
-    import keras
-
-    for path, leaf in keras.tree.flatten_with_path(dict(step.batch)):
-        if isinstance(leaf, np.ndarray):
-            yield "batch", "/".join(map(str, path)), leaf
+    for path, leaf in leaves(step.batch):
+        yield "batch", path, leaf
     for update in step.updates:
         yield "weight", update.path, update.before
     for path, change in step.seeds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from loopscope.look import file, html
 from loopscope.look.stats import Stats, histogram, norm
+from loopscope.step import loss_of
 
 WORST = 8
 """How many examples are named in plain data, the largest loss first."""
@@ -183,7 +184,7 @@ class OpenedStep:
     @property
     def loss(self) -> float | None:
         """The loss that the step returned: its first output, where none is named so."""
-        return self.outputs.get("loss", next(iter(self.outputs.values()), None))
+        return loss_of(self.outputs)
 
     @property
     def loss_difference(self) -> float | None:
@@ -284,6 +285,15 @@ class OpenedStep:
             },
             "missing": list(self.missing),
         }
+
+
+def leaves(batch: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a batch by path, `"x"` or `"x/name"`."""
+    import keras
+
+    for path, leaf in keras.tree.flatten_with_path(dict(batch)):
+        if isinstance(leaf, np.ndarray):
+            yield "/".join(map(str, path)), leaf
 
 
 def _said(values: Any, i: int) -> Any:

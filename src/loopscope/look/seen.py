@@ -16,6 +16,7 @@ from loopscope.look.opened import (
     NonFinite,
     OpenedStep,
     Update,
+    leaves,
 )
 from loopscope.look.probe import Judged, Probe, is_finite
 from loopscope.look.stats import as_float, is_number, norm, stats
@@ -276,7 +277,7 @@ class Seen:
         left += [change.after for _, change in self._changes.values()]
         if all(map(is_finite, left)):
             return None
-        for name, array in _leaves(self._batch):
+        for name, array in leaves(self._batch):
             if not is_finite(array):
                 return NonFinite(
                     "batch", name, examples=self._rows(array), outputs=[array]
@@ -317,14 +318,6 @@ def _tree(host: Any, value: Any) -> Any:
     import keras
 
     return keras.tree.map_structure(host, value)
-
-
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    import keras
-
-    for path, leaf in keras.tree.flatten_with_path(dict(tree)):
-        if isinstance(leaf, np.ndarray):
-            yield "/".join(map(str, path)), leaf
 
 
 def scalars(outputs: Mapping[str, Any]) -> dict[str, float]:

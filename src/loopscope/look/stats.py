@@ -42,16 +42,14 @@ def stats(values: np.ndarray) -> Stats:
     flat = as_float(values).ravel()
     finite = np.isfinite(flat)
     some = flat[finite]
-    with np.errstate(all="ignore"):
-        norm = float(np.sqrt(np.sum(np.square(flat))))
     if not some.size:
-        return Stats(None, None, None, None, norm, 0.0, not flat.size)
+        return Stats(None, None, None, None, norm(flat), 0.0, not flat.size)
     return Stats(
         mean=float(some.mean()),
         std=float(some.std()),
         min=float(some.min()),
         max=float(some.max()),
-        norm=norm,
+        norm=norm(flat),
         zeros=float(np.mean(flat == 0)),
         finite=bool(finite.all()),
     )
