@@ -30,7 +30,7 @@ from loopscope.run.content import standing_of
 from loopscope.run.folder import Folder
 from loopscope.run.identity import CAUSES, Difference
 from loopscope.run.journal import EpochRow, JournalReader
-from loopscope.run.watch import BARRIER, value_of
+from loopscope.run.writes import BARRIER, value_of
 from loopscope.standing import Cursor
 from loopscope.state import sha256
 from loopscope.step import loss_of

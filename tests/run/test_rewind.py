@@ -12,7 +12,7 @@ import loopscope
 from loopscope import Experiment, Recording, open_run
 from loopscope.errors import RunError, UsageError
 from loopscope.events import ChunkEnd
-from loopscope.run import watch
+from loopscope.run import writes
 from models import (
     ALL,
     BRIEF,
@@ -180,7 +180,7 @@ def test_every_gear_is_rewound_with_dropout_and_batchnorm(gear, tmp_path):
 def test_more_than_can_be_recorded_between_steps_gets_a_checkpoint(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(watch, "WRITE_BYTES", 16)
+    monkeypatch.setattr(writes, "WRITE_BYTES", 16)
 
     class Shrink(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

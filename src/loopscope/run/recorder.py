@@ -51,8 +51,8 @@ from loopscope.run.folder import Folder, unwritable
 from loopscope.run.journal import JournalWriter
 from loopscope.run.plain import Arrays
 from loopscope.run.recording import Recording
-from loopscope.run.watch import BARRIER, writes
 from loopscope.run.writer import PATIENCE_S, Limits, Writer
+from loopscope.run.writes import BARRIER, writes
 from loopscope.standing import Standing
 from loopscope.state import sha256
 
