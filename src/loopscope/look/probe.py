@@ -7,7 +7,6 @@ alone can see (its tape, its operations) it tells through `Backend.observed`.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.backend.base import Backend
+from loopscope.hooks import Hook, calls, hooked, updates
 
 CALLS = 8
 """How many calls of one layer are kept: a cell is called for every time step."""
@@ -122,27 +122,16 @@ class Probe:
         """Take notes for the duration of a block."""
         import keras
 
-        base = keras.optimizers.Optimizer.__mro__
-        optimizer = next(c for c in reversed(base) if "apply" in vars(c))
-        scaled = keras.optimizers.LossScaleOptimizer
-        changes: list[tuple[Any, str, Callable[..., Any]]] = [
-            (keras.layers.Layer, "__call__", self._layer),
+        hooks: list[Hook] = [
+            *calls(self._layer),
             (keras.losses.Loss, "__call__", self._loss),
-            (optimizer, "apply", self._apply),
-            (scaled, "apply", self._apply),
+            *updates(self._apply),
         ]
-        changes += [
+        hooks += [
             (owner, "update_state", self._metric) for owner in self._metric_kinds()
         ]
-        real = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
-        for owner, name, around in changes:
-            method = vars(owner)[name]
-            setattr(owner, name, _in_this_thread(around(method), method))
-        try:
+        with hooked(hooks):
             yield
-        finally:
-            for owner, name, function in real:
-                setattr(owner, name, function)
 
     def _metric_kinds(self) -> set[type]:
         """The classes whose `update_state` is called."""
@@ -290,19 +279,6 @@ class Probe:
                 return real(optimizer, grads, variables)
 
         return apply
-
-
-def _in_this_thread(
-    noted: Callable[..., Any], plain: Callable[..., Any]
-) -> Callable[..., Any]:
-    """A method that takes notes here, and none in threads that prepare data."""
-    here = threading.get_ident()
-
-    def method(*arguments: Any, **named: Any) -> Any:
-        chosen = noted if threading.get_ident() == here else plain
-        return chosen(*arguments, **named)
-
-    return method
 
 
 def _scope(optimizer: Any) -> Any:

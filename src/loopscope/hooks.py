@@ -1,0 +1,61 @@
+"""Hearing what Keras's objects are called with, for the duration of a block.
+
+Layers, losses, metrics and optimizers are called through a few methods of a few
+classes. Replaced there, they are heard in every model and in steps of any form.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Method = Callable[..., Any]
+Hook = tuple[type, str, Callable[[Method], Method]]
+"""A class, the name of a method, and what makes another one of the real one."""
+
+
+@contextmanager
+def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
+    """Replace methods for a block, in this thread only: others may prepare data."""
+    wanted = list(hooks)
+    real = [(owner, name, vars(owner)[name]) for owner, name, _ in wanted]
+    for owner, name, around in wanted:
+        method = vars(owner)[name]
+        setattr(owner, name, _in_this_thread(around(method), method))
+    try:
+        yield
+    finally:
+        for owner, name, function in real:
+            setattr(owner, name, function)
+
+
+def calls(around: Callable[[Method], Method]) -> list[Hook]:
+    """Every call of a layer."""
+    import keras
+
+    return [(keras.layers.Layer, "__call__", around)]
+
+
+def updates(around: Callable[[Method], Method]) -> list[Hook]:
+    """Every call of an optimizer's `apply`."""
+    import keras
+
+    kinds = reversed(keras.optimizers.Optimizer.__mro__)
+    optimizer = next(kind for kind in kinds if "apply" in vars(kind))
+    scaled = keras.optimizers.LossScaleOptimizer
+    return [(optimizer, "apply", around), (scaled, "apply", around)]
+
+
+def _in_this_thread(heard: Method, plain: Method) -> Method:
+    here = threading.get_ident()
+
+    def method(*arguments: Any, **named: Any) -> Any:
+        chosen = heard if threading.get_ident() == here else plain
+        return chosen(*arguments, **named)
+
+    return method
+
+
+__all__ = ["Hook", "calls", "hooked", "updates"]
