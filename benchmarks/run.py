@@ -308,29 +308,34 @@ def with_callbacks(chosen: argparse.Namespace, say: Say) -> list[Row]:
     return rows
 
 
-def recording_alone(chosen: argparse.Namespace, say: Say) -> None:
-    """Measure recorded runs; print the page, or write it."""
+def page_alone(chosen: argparse.Namespace, say: Say) -> None:
+    """Measure recorded runs, or watched training; print the page, or write it."""
     import recording
+    import report_recording
+    import watching
     from report import machine
-    from report_recording import page
 
     began = time.perf_counter()
-    found = recording.measure(chosen.backends, chosen.rounds, chosen.quick, say)
+    name = chosen.only
+    measure = recording.measure if name == "recording" else watching.measure
+    found: Any = measure(chosen.backends, chosen.rounds, chosen.quick, say)
     minutes = (time.perf_counter() - began) / 60
-    command = "benchmarks/run.py --only recording"
+    command = f"benchmarks/run.py --only {name}"
     command += f" --rounds {chosen.rounds}" if chosen.rounds else ""
     command += " --quick" if chosen.quick else ""
     versions = versions_of(chosen.backends)
+    on = f"; runs were recorded on {found['folder']}" if name == "recording" else ""
+    page = report_recording.page if name == "recording" else watching.page
     text = page(
         found,
-        f"Machine: {machine()}; runs were recorded on {found['folder']}. "
+        f"Machine: {machine()}{on}. "
         f"{', '.join(f'{k} {v}' for k, v in sorted(versions.items()))}. Written by "
         f"`{command}` in {minutes:.0f} minutes.",
     )
     if chosen.out is not None:
         chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "results-recording.md").write_text(text)
-        say(f"wrote {chosen.out / 'results-recording.md'}")
+        (chosen.out / f"results-{name}.md").write_text(text)
+        say(f"wrote {chosen.out / f'results-{name}.md'}")
     if chosen.json:
         print(json.dumps(found))
     elif chosen.out is None:
@@ -361,9 +366,9 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--only",
-        choices=("callbacks", "recording"),
+        choices=("callbacks", "recording", "watching"),
         help="measure this section alone and print its tables; writes no files, but "
-        "results-recording.md where --out is given",
+        "results-recording.md or results-watching.md where --out is given",
     )
     parser.add_argument(
         "--no-callbacks", action="store_true", help="leave fit with callbacks out"
@@ -409,8 +414,8 @@ def main() -> None:
         rows = with_callbacks(chosen, say)
         print(json.dumps(rows) if chosen.json else callbacks_alone(rows))
         return
-    if chosen.only == "recording":
-        recording_alone(chosen, say)
+    if chosen.only is not None:
+        page_alone(chosen, say)
         return
     file = chosen.out / "results.json" if chosen.out else None
     document: dict[str, Any] = {}

@@ -68,6 +68,19 @@ class ChunkBegin(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class Signals:
+    """What a watched training has measured in some of its steps.
+
+    Attributes:
+        steps: Their global numbers, of shape `(m,)`.
+        values: By name, `"gradient_norm/PATH"` and so on, float32 of shape `(m,)`.
+    """
+
+    steps: np.ndarray
+    values: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
 class ChunkEnd(Event):
     """Steps have run; variables are current.
 
@@ -81,6 +94,7 @@ class ChunkEnd(Event):
             of shape `(steps,)`.
         wall_s: Seconds, data excluded.
         logs: Reads the pass's metrics so far; waits for the device.
+        signals: Of those steps whose turn it was, in a watched training.
     """
 
     phase: Phase
@@ -91,6 +105,38 @@ class ChunkEnd(Event):
     outputs: Mapping[str, np.ndarray]
     wall_s: float
     logs: Callable[[], Mapping[str, Any]]
+    signals: Signals | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Incident(Event):
+    """A watched training has come upon something out of the ordinary.
+
+    Attributes:
+        kind: `"nonfinite"`: the first value that is infinite or none at all.
+            `"spike"`: a loss or gradient far above those of the steps before.
+        step: The global number of the step it was.
+        what: `"loss"`, `"gradient_norm"`, or the signal of a layer,
+            `"gradient_norm/PATH"`.
+        value: Its value.
+        usual: The largest of the steps before; `None` for `"nonfinite"`.
+        examples: The examples that carry the loss, or that are not finite: their rows
+            in the arrays given to `fit`, or else their positions in the batch.
+        first: Where numbers stopped being finite; empty where they did not.
+        text: All of it in a sentence.
+        opened: The step, opened up: a `loopscope.look.opened.OpenedStep`; `None` where
+            that failed.
+    """
+
+    kind: Literal["nonfinite", "spike"]
+    step: int
+    what: str
+    value: float
+    usual: float | None
+    examples: tuple[int, ...]
+    first: str
+    text: str
+    opened: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from loopscope import backend as backends
 from loopscope import checks, keras_methods, step
@@ -46,11 +49,13 @@ from loopscope.events import (
     PhaseBegin,
     PhaseEnd,
     Resumed,
+    Signals,
     TrainBegin,
     TrainEnd,
 )
 from loopscope.gear import AUTO, EAGER, GEARS, Gear, resolve, words_of
 from loopscope.look.alternatives import Alternative, alternatives
+from loopscope.look.incidents import Chunk, Incidents
 from loopscope.look.opened import OpenedStep
 from loopscope.look.opening import open_step
 from loopscope.meters import Initial, Meters
@@ -58,7 +63,7 @@ from loopscope.run.resume import recording
 from loopscope.runner import Done, Runner
 from loopscope.showing import listing
 from loopscope.standing import Cursor, Standing
-from loopscope.state import State
+from loopscope.state import Snapshot, State
 from loopscope.trials import LearningRates, Overfitted, find_lr, overfit
 
 CHUNK_S = 0.25
@@ -101,9 +106,14 @@ class Loop:
         jit_compile: Keras's word for a gear with XLA.
         steps_per_execution: Keras's word for a fused gear; also bounds a chunk.
         cache: Whether `"auto"` may use what it measured before.
+        watch: Measure the signals of every `watch`-th step inside of the compiled
+            step: norms of gradients and weights, update ratios, statistics of
+            activations. They are in `ChunkEnd.signals`; the first value that is not
+            finite and spikes are looked into. docs/look.md says what it costs.
 
     Raises:
         GearError: No such gear on this backend. The model is left as it was.
+        UsageError: No model, or no such `watch`.
     """
 
     def __init__(
@@ -121,6 +131,7 @@ class Loop:
         jit_compile: bool | str | None = None,
         steps_per_execution: int | None = None,
         cache: bool = True,
+        watch: int | None = None,
     ) -> None:
         self.backend = backends.current()
         checks.model(model)
@@ -145,6 +156,10 @@ class Loop:
         """How many steps this loop has trained."""
         self._own: dict[Phase, Callable[..., Any]] = {}
         self._runner = Runner(model, self.backend)
+        self._incidents: Incidents | None = None
+        """Of the training that is under way, if it is watched."""
+        self._watch: int | None = None
+        self.watch = watch
         self._listeners: list[Listener] = []
         self._chunk_limits: list[Mapping[Phase, ChunkLimit]] = []
         if steps_per_execution is not None:
@@ -267,6 +282,28 @@ class Loop:
         self._gear = self._test_gear = resolve(
             gear, self.backend.gears, backend=self.backend.name
         )
+
+    @property
+    def watch(self) -> int | None:
+        """How often a step's signals are measured: every so many; `None`: never.
+
+        To turn it on or off compiles the step anew; not while the loop trains.
+        """
+        return self._watch
+
+    @watch.setter
+    def watch(self, every: int | None) -> None:
+        if every is not None:
+            checks.count("watch", every, least=1)
+        if self._incidents is not None:
+            raise UsageError(
+                "The loop is training: a step is watched, or not, from the beginning "
+                f"of a training to its end. Received: watch={every!r}"
+            )
+        if (every is None) != (self._watch is None):
+            self._runner.forget()
+        self._watch = every
+        self._runner.watched = every is not None
 
     @property
     def state(self) -> State:
@@ -409,6 +446,8 @@ class Loop:
         self._stopped.discard("train")
         self._failed = False
         self._logs, self._passes, self._tests, self.left = {}, [], 0, False
+        if self._watch is not None:
+            self._incidents = Incidents(self._runner, self._watch)
         start, self._from, self._epochs = self._from, None, epochs
         try:
             self._emit(TrainBegin(epochs))
@@ -445,6 +484,7 @@ class Loop:
             self._note(error, "between steps")
             raise
         finally:
+            self._incidents = None
             if not self._failed:
                 if epochs:
                     self._finish_weights()
@@ -629,6 +669,7 @@ class Loop:
                     self._ahead = None
                     # Whoever listens may change the gear; `None` is not chosen yet.
                     chosen = self._gear if phase == "train" else self._test_gear
+                    before = self._before(phase)
                     done = self._run(phase, chosen or gear, segment)
                     samples += segment.steps * segment.feed.batch_size
                     if meters is not None:
@@ -642,11 +683,18 @@ class Loop:
                         done.outputs,
                         done.wall_s,
                         meters.results if meters is not None else dict,
+                        self._signals(done),
                     )
                     index += segment.steps
                     if phase == "train":
                         self._cursor = Cursor(epoch, index, samples, begun=True)
                     self._emit(chunk)
+                    if before is not None:
+                        rows = partial(_rows, source, epoch, chunk.index)
+                        self._judge(
+                            Chunk(segment, chosen or gear, before, chunk.step, rows),
+                            done,
+                        )
                     yield chunk
                     if phase in self._stopped:
                         break
@@ -664,7 +712,12 @@ class Loop:
             raise
 
     def _run(self, phase: Phase, gear: Gear, segment: Segment) -> Done:
-        done = self._runner.run(phase, gear, segment)
+        due = None
+        if phase == "train" and self._watch is not None:
+            # The last one as well: nothing that is not finite hides in a chunk.
+            due = (self.step + np.arange(segment.steps)) % self._watch == 0
+            due[-1] = True
+        done = self._runner.run(phase, gear, segment, due)
         if phase == "train":
             self.step += self._runner.finished
         self._runner.finished = 0
@@ -674,6 +727,26 @@ class Loop:
         if steps:
             self._pace(phase, done.wall_s / steps, alone=segment.steps == 1)
         return done
+
+    def _before(self, phase: Phase) -> Snapshot | None:
+        """The state before some steps, where they may have to be run once more."""
+        judged = phase == "train" and self._incidents is not None
+        return self.state.snapshot() if judged else None
+
+    def _judge(self, chunk: Chunk, done: Done) -> None:
+        assert self._incidents is not None
+        incident = self._incidents.after(chunk, done)
+        if incident is not None:
+            self._emit(incident)
+            warnings.warn(incident.text, stacklevel=4)
+
+    def _signals(self, done: Done) -> Signals | None:
+        """The signals of those steps whose number asks for them."""
+        if done.signals is None:
+            return None
+        steps = np.arange(self.step - len(done.signals.due), self.step)
+        asked = steps % (self._watch or 1) == 0
+        return Signals(steps[asked], done.signals.by_name(asked))
 
     def _pace(self, phase: Phase, step_s: float, *, alone: bool) -> None:
         # A step alone (a ragged last batch) costs a whole call: it says too much.
@@ -1109,6 +1182,11 @@ class _Ahead:
     epoch: int
     index: int
     fetch_s: float
+
+
+def _rows(source: Source, epoch: int, index: int, position: int) -> Any:
+    """The rows of a step's examples, by its position in a chunk."""
+    return source.examples(epoch, index + position)
 
 
 def _is_step(x: Any, y: Any, backend: Any) -> bool:

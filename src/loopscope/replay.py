@@ -7,6 +7,7 @@ journal.
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -198,7 +199,11 @@ class Replayer:
         self._folder, self._loop = folder, experiment.loop
         self._held = ExitStack()
         loop, manifest = experiment.loop, folder.manifest
-        self._lent = loop.standing()
+        self._lent, self._watch = loop.standing(), loop.watch
+        watched = manifest["identity"].get("watch", False)
+        if watched != (loop.watch is not None):
+            # The same program as then; its signals are in the journal already.
+            loop.watch = sys.maxsize if watched else None
         self._found = _entries(folder)
         loop.seed = self._found[0].content["seed"]
         loop.gear = self._found[0].content["gear"]
@@ -222,6 +227,7 @@ class Replayer:
         self._held.close()
         self._loop.stand(self._lent)
         self._loop.seed = self._lent.seed
+        self._loop.watch = self._watch
 
     @property
     def reusable(self) -> bool:

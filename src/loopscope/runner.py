@@ -22,6 +22,7 @@ from loopscope.events import Compiled, Phase
 from loopscope.gear import EAGER, Gear
 from loopscope.state import State
 from loopscope.step import LOGS, ModelStep
+from loopscope.watching import SIGNALS, Readings, Watcher
 
 CAPACITY = 1024
 """The most steps of one call: the length of the buffers for their outputs."""
@@ -40,6 +41,7 @@ class Stage:
     found: Found
     traces: dict[str, Trace] = field(default_factory=dict)
     programs: dict[tuple[Any, ...], Program] = field(default_factory=dict)
+    watchers: dict[str, Watcher] = field(default_factory=dict)
     checked: list[Any] = field(default_factory=list)
     first_specs: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -53,6 +55,8 @@ class Done:
     compiled: tuple[Compiled, ...]
     logs: Any = None
     """What Keras calls the logs of the last step, where the step gives them."""
+    signals: Readings | None = None
+    """What a watched step has measured."""
 
 
 class Runner:
@@ -71,6 +75,8 @@ class Runner:
         self._state: State | None = None
         self.finished = 0
         """Steps that the current or last call of `run` has finished."""
+        self.watched = False
+        """Whether train steps give their signals; change it before any is staged."""
 
     def stage(self, phase: Phase, step: Step, *, own: bool) -> Stage:
         """The stage of a phase; a new one if the step is not the one before."""
@@ -128,27 +134,48 @@ class Runner:
         stage = self.stages[phase]
         key = repr(specs)
         if key not in stage.traces:
-            trace = self.backend.trace(self.executable(phase), specs, self._variables)
+            step, given = self.executable(phase), specs
+            if self._watches(phase):
+                watcher = stage.watchers[key] = Watcher(self.backend)
+                step, given = watcher.watched(step), (Spec((), "bool"), *specs)
+            trace = self.backend.trace(step, given, self._variables)
             if phase != "predict":
                 _check_outputs(trace.outputs, stage.step, phase)
             stage.traces[key] = trace
             self._state = None
         return stage.traces[key]
 
-    def run(self, phase: Phase, gear: Gear, segment: Segment) -> Done:
+    def _watches(self, phase: Phase) -> bool:
+        return self.watched and phase == "train"
+
+    def run(
+        self,
+        phase: Phase,
+        gear: Gear,
+        segment: Segment,
+        due: np.ndarray | None = None,
+    ) -> Done:
         """Run a segment; the outputs come back by name.
 
-        Raises whatever a step raised, with the variables as the last finished
-        step left them and a note that says which step it was.
+        `due` says of each step whether its signals are, where the phase is watched; if
+        not given, those of none. Raises whatever a step raised, with the variables as
+        the last finished step left them and a note that says which step it was.
         """
         key = (gear.name, segment.feed.signature)
         stage = self.stages[phase]
         start, outputs, compiled = segment.start, [], []
         self.finished = 0
+        if not self._watches(phase):
+            due = None
+        elif due is None:
+            due = np.zeros(segment.steps, bool)
         if key not in stage.programs:
             began = time.perf_counter()
             stage.programs[key] = self._program(phase, gear, segment)
-            outputs.append(self._first(phase, gear, segment))
+            if due is not None:
+                # Which signals there are, gear eager knows once it has measured some.
+                due = np.concatenate([[True], due[1:]])
+            outputs.append(self._first(phase, gear, segment, due))
             start += 1
             compiled.append(
                 Compiled(
@@ -162,11 +189,15 @@ class Runner:
         unit = 1 if gear == EAGER else segment.steps
         while start < segment.stop:
             stop = min(segment.stop, start + unit)
-            outputs.append(self._advance(phase, gear, segment, start, stop))
+            outputs.append(self._advance(phase, gear, segment, start, stop, due))
             start = stop
         wall_s = time.perf_counter() - began
-        joined, logs = _without_logs(_join(outputs))
-        return Done(joined, wall_s, tuple(compiled), logs)
+        joined, signals = _join(outputs), None
+        if due is not None:
+            watcher = stage.watchers[repr(segment.feed.specs)]
+            signals = Readings(watcher.names, joined.pop(SIGNALS), due)
+        joined, logs = _without_logs(joined)
+        return Done(joined, wall_s, tuple(compiled), logs, signals)
 
     def keep(self, phase: Phase, gear: Gear) -> None:
         """Drop a phase's programs in every other gear."""
@@ -191,20 +222,28 @@ class Runner:
         # An own step in the eager gear may do what cannot be traced.
         needs_trace = gear != EAGER or not stage.own
         trace = self.trace(phase, specs) if needs_trace else None
+        step, watched = self.executable(phase), self._watches(phase)
+        if watched:
+            new = Watcher(self.backend)
+            step = stage.watchers.setdefault(repr(specs), new).watched(step)
         return self.backend.program(
-            self.executable(phase),
+            step,
             gear,
             segment.feed,
             None if gear == EAGER else trace,
             trace.variables if trace else self.state.variables,
             self.capacity(phase, specs) if gear != EAGER else CAPACITY,
+            watched=watched,
         )
 
-    def _first(self, phase: Phase, gear: Gear, segment: Segment) -> Any:
+    def _first(
+        self, phase: Phase, gear: Gear, segment: Segment, due: np.ndarray | None
+    ) -> Any:
         """Run a program's first step; undo it if it returns what no step returns."""
         before = self.state.snapshot()
         state, stage = self.state, self.stages[phase]
-        outputs = self._advance(phase, gear, segment, segment.start, segment.start + 1)
+        stop = segment.start + 1
+        outputs = self._advance(phase, gear, segment, segment.start, stop, due)
         self.renewed()  # An untraced step may have built its optimizer just now.
         if phase != "predict" and not stage.traces:
             try:
@@ -217,24 +256,37 @@ class Runner:
         return outputs
 
     def _advance(
-        self, phase: Phase, gear: Gear, segment: Segment, start: int, stop: int
+        self,
+        phase: Phase,
+        gear: Gear,
+        segment: Segment,
+        start: int,
+        stop: int,
+        due: np.ndarray | None,
     ) -> Any:
         program = self.stages[phase].programs[gear.name, segment.feed.signature]
+        if due is not None:
+            due = due[start - segment.start : stop - segment.start]
         state = self.state
         before = state.snapshot()
         try:
             with interrupt.deferred():
-                outputs = program(segment.feed, start, stop)
+                outputs = program(segment.feed, start, stop, due)
                 self.finished += stop - start
                 return outputs
         except Exception:
             state.restore(before)
             if stop - start > 1:
-                self._repeat_until_failure(program, segment, start, stop)
+                self._repeat_until_failure(program, segment, start, stop, due)
             raise
 
     def _repeat_until_failure(
-        self, program: Program, segment: Segment, start: int, stop: int
+        self,
+        program: Program,
+        segment: Segment,
+        start: int,
+        stop: int,
+        due: np.ndarray | None,
     ) -> None:
         """Run a failed chunk again, step by step, up to the step that fails.
 
@@ -244,7 +296,8 @@ class Runner:
         for index in range(start, stop):
             before = self.state.snapshot()
             try:
-                program(segment.feed, index, index + 1)
+                at = None if due is None else due[index - start :][:1]
+                program(segment.feed, index, index + 1, at)
             except Exception:
                 self.state.restore(before)
                 return
@@ -326,10 +379,10 @@ def _check_outputs(outputs: Any, step: Step, phase: Phase) -> None:
     wrong = {
         key: str(value)
         for key, value in outputs.items()
-        if key != LOGS
+        if key not in (LOGS, SIGNALS)
         and (not isinstance(value, Spec) or value.shape or value.dtype == "string")
     }
-    if wrong or (not outputs and phase == "train"):
+    if wrong or (not outputs.keys() - {SIGNALS} and phase == "train"):
         raise StepError(
             f"Step {name!r} must return a scalar (the loss) or a dict of scalars. "
             f"Received: {wrong}. Reduce it, for example with `keras.ops.mean`."

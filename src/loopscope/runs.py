@@ -48,6 +48,16 @@ class Run:
         return reading.steps(self._folder)
 
     @property
+    def signals(self) -> dict[str, np.ndarray]:
+        """What `Loop(watch=...)` measured: `"step"` and one array a signal.
+
+        Each of shape `(m,)`: `gradient_norm/PATH`, `weight_norm/PATH`,
+        `update_ratio/PATH` of layers, and of their outputs `activation_mean/PATH`,
+        `activation_std/PATH`, `activation_zeros/PATH`.
+        """
+        return reading.signals(self._folder)
+
+    @property
     def epochs(self) -> list[dict[str, Any]]:
         """Every epoch that is over: epoch, first_step, steps, seconds, metrics."""
         return reading.epochs(self._folder)
@@ -330,4 +340,6 @@ def experiment_of(folder: Folder) -> Experiment:
     experiment.arguments.update(origin.get("arguments", {}))
     if origin.get("gear"):
         experiment.loop.gear = origin["gear"]
+    if origin.get("watch"):
+        experiment.loop.watch = origin["watch"]
     return experiment

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from loopscope import backend
 from loopscope.events import Phase
+from loopscope.watching import handing_out
 
 Output = TypeVar("Output")
 
@@ -47,7 +48,8 @@ def value_and_grad(
     Raises:
         StepError: No variable reaches the value.
     """
-    return backend.current().value_and_grad(fn, variables, has_aux)
+    here = backend.current()
+    return handing_out(here.value_and_grad, fn, variables, has_aux, here)
 
 
 def train_step(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Any:

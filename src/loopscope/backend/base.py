@@ -50,12 +50,15 @@ class Trace:
 class Program(Protocol):
     """A step made executable over a feed, in one gear."""
 
-    def __call__(self, feed: Feed, start: int, stop: int) -> Tree:
+    def __call__(
+        self, feed: Feed, start: int, stop: int, due: np.ndarray | None = None
+    ) -> Tree:
         """Run steps `start` to `stop` (not included) of the feed.
 
         Reads and writes the live variables. Returns the step's output with
         every leaf stacked into a NumPy array of shape `(stop - start, ...)`;
-        waits for the device.
+        waits for the device. `due`, of shape `(stop - start,)` and dtype bool, is
+        given to a watched program only.
         """
         ...
 
@@ -150,6 +153,18 @@ class Backend(Protocol):
         """Whether `value` is an array of floating numbers."""
         ...
 
+    def dense(self, gradient: Any) -> Array:
+        """A gradient as an array, if it came as some rows of one."""
+        ...
+
+    def level(self) -> Any:
+        """Where arrays are made now; one made at an equal level can be used there.
+
+        Another one in the branch of a `cond`, in the body of a loop, and on some
+        frameworks where a function is differentiated.
+        """
+        ...
+
     def place(self, array: Any) -> Array:
         """Bring a NumPy array (or a tensor of the framework) to the device."""
         ...
@@ -208,6 +223,8 @@ class Backend(Protocol):
         trace: Trace | None,
         variables: Sequence[Any],
         capacity: int,
+        *,
+        watched: bool = False,
     ) -> Program:
         """Make `step` executable over feeds like `feed`.
 
@@ -218,6 +235,8 @@ class Backend(Protocol):
             trace: What `trace` gave for this batch; `None` for the eager gear.
             variables: Every variable of the state, in order.
             capacity: The most steps of one call.
+            watched: Whether `step` takes, before the parts of a batch, whether its
+                signals are due: a Python bool in gear eager, else a scalar.
         """
         ...
 
@@ -288,6 +307,11 @@ def cut(
     return tuple(batch)
 
 
+def due_at(due: np.ndarray | None, position: int) -> tuple[bool, ...]:
+    """What a step at this position of a call takes before its batch."""
+    return () if due is None else (bool(due[position]),)
+
+
 def cores() -> int:
     """How many processor cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -319,5 +343,6 @@ __all__ = [
     "Trace",
     "cores",
     "cut",
+    "due_at",
     "no_gradient",
 ]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, get_opaque_trace_state
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
 from loopscope.backend.base import (
@@ -29,6 +29,7 @@ from loopscope.backend.base import (
     Tree,
     cores,
     cut,
+    due_at,
     no_gradient,
 )
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
@@ -76,6 +77,12 @@ class JaxBackend:
 
     def is_floating(self, value: Any) -> bool:
         return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+    def dense(self, gradient: Any) -> jax.Array:
+        return gradient
+
+    def level(self) -> Any:
+        return get_opaque_trace_state()
 
     def place(self, array: Any) -> jax.Array:
         # A copy: JAX on CPU may otherwise share the memory of a NumPy array.
@@ -145,6 +152,8 @@ class JaxBackend:
         trace: Trace | None,
         variables: Sequence[Any],
         capacity: int,
+        *,
+        watched: bool = False,
     ) -> Program:
         one = _cutter(feed, _with_loss_scaling(step))
         if trace is None:
@@ -337,7 +346,7 @@ def _rows(array: Any, indices: Any) -> Any:
 
 
 def _cutter(feed: Feed, step: Step) -> Callable[..., Any]:
-    def one(arrays: Any, order: Any, index: Any) -> Any:
+    def one(arrays: Any, order: Any, index: Any, *due: Any) -> Any:
         batch = cut(
             feed,
             arrays,
@@ -347,17 +356,19 @@ def _cutter(feed: Feed, step: Step) -> Callable[..., Any]:
             window=_window,
             map_structure=map_structure,
         )
-        return step(*batch)
+        return step(*due, *batch)
 
     return one
 
 
 def _pure(one: Callable[..., Any], variables: Sequence[Any]) -> Callable[..., Any]:
-    """`(values, arrays, order, index) -> (new values, outputs)`."""
+    """`(values, arrays, order, index, *due) -> (new values, outputs)`."""
 
-    def pure(values: Any, arrays: Any, order: Any, index: Any) -> tuple[Any, Any]:
+    def pure(
+        values: Any, arrays: Any, order: Any, index: Any, *due: Any
+    ) -> tuple[Any, Any]:
         with _Scope(zip(variables, values, strict=True), True) as scope:
-            outputs = one(arrays, order, index)
+            outputs = one(arrays, order, index, *due)
         new = [scope.get_current_value(v) for v in variables]
         # Carried values must keep their type: no weak types.
         new = [
@@ -379,9 +390,12 @@ def _store(variables: Sequence[Any], values: Sequence[Any]) -> None:
 
 
 def _eager(one: Callable[..., Any], variables: Sequence[Any]) -> Program:
-    def run(feed: Feed, start: int, stop: int) -> Tree:
+    def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
         before = _load(variables)
-        outputs = [one(feed.arrays, feed.order, i) for i in range(start, stop)]
+        outputs = [
+            one(feed.arrays, feed.order, start + i, *due_at(due, i))
+            for i in range(stop - start)
+        ]
         observer, _Observed.by = _Observed.by, None
         if observer is not None and not _all_finite(outputs, _load(variables)):
             # Executed once more, operation by operation.
@@ -472,10 +486,11 @@ def _place(stack: str) -> tuple[str, str]:
 
 
 def _stepwise(pure: Callable[..., Any], variables: Sequence[Any]) -> Program:
-    def run(feed: Feed, start: int, stop: int) -> Tree:
+    def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
         values, outputs = _load(variables), []
-        for index in range(start, stop):
-            values, output = pure(values, feed.arrays, feed.order, index)
+        for i in range(stop - start):
+            given = (feed.arrays, feed.order, start + i, *due_at(due, i))
+            values, output = pure(values, *given)
             outputs.append(output)
         stacked = map_structure(lambda *leaves: np.stack(leaves), *outputs)
         _store(variables, values)
@@ -489,10 +504,13 @@ def _fused(
 ) -> Program:
     specs = keras.tree.flatten(trace.outputs)
 
-    def many(values: Any, arrays: Any, order: Any, start: Any, stop: Any) -> Any:
+    def many(
+        values: Any, arrays: Any, order: Any, start: Any, stop: Any, *due: Any
+    ) -> Any:
         def body(carry: Any) -> Any:
             index, values, buffers = carry
-            values, outputs = pure(values, arrays, order, index)
+            here = [flags[index - start] for flags in due]
+            values, outputs = pure(values, arrays, order, index, *here)
             leaves = keras.tree.flatten(outputs)
             slot = index - start
             buffers = [
@@ -508,9 +526,11 @@ def _fused(
 
     compiled = jax.jit(many)
 
-    def run(feed: Feed, start: int, stop: int) -> Tree:
+    def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
+        bounds = (np.int32(start), np.int32(stop))
+        given = [] if due is None else [np.resize(due, capacity)]
         values, buffers = compiled(
-            _load(variables), feed.arrays, feed.order, np.int32(start), np.int32(stop)
+            _load(variables), feed.arrays, feed.order, *bounds, *given
         )
         leaves = [np.asarray(buffer)[: stop - start] for buffer in buffers]
         _store(variables, values)

@@ -29,6 +29,7 @@ from loopscope.backend.base import (
     Tree,
     cores,
     cut,
+    due_at,
     no_gradient,
 )
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
@@ -72,6 +73,12 @@ class TensorFlowBackend:
 
     def is_floating(self, value: Any) -> bool:
         return bool(value.dtype.is_floating)
+
+    def dense(self, gradient: Any) -> tf.Tensor:
+        return tf.convert_to_tensor(gradient)
+
+    def level(self) -> Any:
+        return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
     def place(self, array: Any) -> tf.Tensor:
         return tf.convert_to_tensor(array)
@@ -160,6 +167,8 @@ class TensorFlowBackend:
         trace: Trace | None,
         variables: Sequence[Any],
         capacity: int,
+        *,
+        watched: bool = False,
     ) -> Program:
         if trace is None:
             return _stepwise(_cutter(feed, _told(step, variables)))
@@ -168,8 +177,9 @@ class TensorFlowBackend:
             if gear.jit_compile:
                 # The batch is cut outside: XLA would compile for every new index.
                 step = tf.function(step, jit_compile=True, autograph=False)
-            return _stepwise(_flat(_cutter(feed, step), feed, GRAPH, ("index",)))
-        return _fused(feed, gear, trace, capacity)
+            asked = (INDEX, *([DUE] if watched else []))
+            return _stepwise(_flat(_cutter(feed, step), feed, GRAPH, asked))
+        return _fused(feed, gear, trace, capacity, watched=watched)
 
     def model_step(self, model: Any, phase: str) -> Step:
         step: Step = getattr(model, f"{phase}_step")
@@ -389,7 +399,7 @@ def _window(array: Any, start: Any, size: int) -> tf.Tensor:
 
 
 def _cutter(feed: Feed, step: Callable[..., Any]) -> Callable[..., Any]:
-    def one(arrays: Any, order: Any, index: Any) -> Any:
+    def one(arrays: Any, order: Any, index: Any, *due: Any) -> Any:
         batch = cut(
             feed,
             arrays,
@@ -399,33 +409,41 @@ def _cutter(feed: Feed, step: Callable[..., Any]) -> Callable[..., Any]:
             window=_window,
             map_structure=map_structure,
         )
-        return step(*batch)
+        return step(*due, *batch)
 
     return one
 
 
+INDEX, DUE = tf.TensorSpec((), tf.int32), tf.TensorSpec((), tf.bool)
+
+
 def _flat(
-    fn: Callable[..., Any], feed: Feed, gear: Gear, scalars: tuple[str, ...]
+    fn: Callable[..., Any], feed: Feed, gear: Gear, asked: Sequence[tf.TensorSpec]
 ) -> Callable[..., Any]:
-    """`fn(arrays, order, *scalars)` compiled, callable without signature checks."""
+    """`fn(arrays, order, *asked)` compiled, callable without signature checks."""
     compiled = tf.function(fn, jit_compile=gear.jit_compile or None, autograph=False)
     spec = map_structure(tf.type_spec_from_value, feed.arrays)
     if feed.kind == "whole":
         spec = map_structure(_type_spec, feed.specs)
     order = None if feed.order is None else tf.TensorSpec(feed.order.shape, tf.int32)
-    concrete = compiled.get_concrete_function(
-        spec, order, *(tf.TensorSpec((), tf.int32, name) for name in scalars)
-    )
+    concrete = compiled.get_concrete_function(spec, order, *asked)
 
-    def call(arrays: Any, order: Any, *numbers: int) -> Any:
-        return concrete(arrays, order, *(tf.constant(n, tf.int32) for n in numbers))
+    def call(arrays: Any, order: Any, *given: Any) -> Any:
+        constants = (
+            tf.constant(value, spec.dtype)
+            for value, spec in zip(given, asked, strict=True)
+        )
+        return concrete(arrays, order, *constants)
 
     return call
 
 
 def _stepwise(one: Callable[..., Any]) -> Program:
-    def run(feed: Feed, start: int, stop: int) -> Tree:
-        outputs = [one(feed.arrays, feed.order, i) for i in range(start, stop)]
+    def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
+        outputs = [
+            one(feed.arrays, feed.order, start + i, *due_at(due, i))
+            for i in range(stop - start)
+        ]
         return map_structure(
             lambda *leaves: np.stack([_host(leaf) for leaf in leaves]), *outputs
         )
@@ -433,13 +451,17 @@ def _stepwise(one: Callable[..., Any]) -> Program:
     return run
 
 
-def _fused(feed: Feed, gear: Gear, trace: Trace, capacity: int) -> Program:
+def _fused(
+    feed: Feed, gear: Gear, trace: Trace, capacity: int, *, watched: bool
+) -> Program:
     one = _cutter(feed, trace.handle)
     specs = keras.tree.flatten(trace.outputs)
 
-    def many(arrays: Any, order: Any, start: Any, stop: Any) -> list[Any]:
+    def many(arrays: Any, order: Any, start: Any, stop: Any, *due: Any) -> list[Any]:
         def body(index: Any, *buffers: Any) -> tuple[Any, ...]:
-            leaves = keras.tree.flatten(one(arrays, order, index))
+            # A slice would be compiled by XLA for every new start.
+            here = [tf.gather(flags, index - start) for flags in due]
+            leaves = keras.tree.flatten(one(arrays, order, index, *here))
             slot = [[index - start]]
             return index + 1, *(
                 tf.tensor_scatter_nd_update(buffer, slot, [leaf])
@@ -455,10 +477,12 @@ def _fused(feed: Feed, gear: Gear, trace: Trace, capacity: int) -> Program:
         )
         return list(buffers)
 
-    compiled = _flat(many, feed, gear, ("start", "stop"))
+    flags = [tf.TensorSpec((capacity,), tf.bool)] if watched else []
+    compiled = _flat(many, feed, gear, (INDEX, INDEX, *flags))
 
-    def run(feed: Feed, start: int, stop: int) -> Tree:
-        buffers = compiled(feed.arrays, feed.order, start, stop)
+    def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
+        given = [] if due is None else [np.resize(due, capacity)]
+        buffers = compiled(feed.arrays, feed.order, start, stop, *given)
         leaves = [buffer.numpy()[: stop - start] for buffer in buffers]
         return keras.tree.pack_sequence_as(trace.outputs, leaves)
 

@@ -23,6 +23,12 @@ from loopscope.cli.common import (
 @run_option
 @no_run_option
 @click.option("--gear", help="How steps are executed.  [default: the experiment's]")
+@click.option(
+    "--watch",
+    type=int,
+    metavar="K",
+    help="Measure the signals of every K-th step.  [default: the experiment's]",
+)
 @click.option("--epochs", type=int, help="Passes.  [default: the experiment's]")
 @backend_option
 @seed_option
@@ -33,6 +39,7 @@ def train(
     run: Path | None,
     no_run: bool,
     gear: str | None,
+    watch: int | None,
     epochs: int | None,
     backend: str | None,
     seed: int,
@@ -52,9 +59,16 @@ def train(
     changes: dict[str, Any] = {}
     if gear is not None:
         made.loop.gear = gear
+    if watch is not None:
+        made.loop.watch = watch
     if epochs is not None:
         changes["epochs"] = epochs
-    made.loop.origin = {**made.loop.origin, "arguments": dict(changes), "gear": gear}
+    made.loop.origin = {
+        **made.loop.origin,
+        "arguments": dict(changes),
+        "gear": gear,
+        "watch": watch,
+    }
     if run is None and experiment in BUILT_IN and not no_run:
         run = fresh_run(experiment)
     if run is not None and not no_run:

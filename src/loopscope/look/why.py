@@ -138,7 +138,7 @@ def why(
         loss=loss,
         usual_loss=float(np.median(finite)) if finite.size else None,
         history=sorted(history),
-        examples=_carriers(look),
+        examples=carriers(look),
         gradients=_jumps(_gradient_norms(look), map(_gradient_norms, history.values())),
         updates=_jumps(_update_norms(look), map(_update_norms, history.values())),
         earlier=earlier,
@@ -157,7 +157,8 @@ def usual_gradient_norm(history: Iterable[OpenedStep]) -> float | None:
     return median(finite) if finite else None
 
 
-def _carriers(look: OpenedStep) -> list[Carrier]:
+def carriers(look: OpenedStep) -> list[Carrier]:
+    """The examples that carry a loss, or those where it is not finite."""
     loss, order = look.loss_per_example, look.worst
     if loss is None or order is None:
         return []

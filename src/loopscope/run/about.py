@@ -61,6 +61,7 @@ def of(loop: Loop) -> dict[str, Any]:
         loop.backend,
         loop.model,
         gear=gear.name if gear is not None else None,
+        watched=loop.watch is not None,
         code=identity.code_of(*loop.code()),
     )
 

@@ -50,6 +50,7 @@ CAUSES = (
     ("training", "the optimizer, the loss or the metrics are not the same"),
     ("callbacks", "the callbacks are not the same"),
     ("gear", "the gear is not the same"),
+    ("watch", "the step is watched in one of them and not in the other"),
     ("backend", "the backend is not the same"),
     ("versions", "versions of packages differ"),
     ("device", "the device is not the same"),
@@ -104,7 +105,12 @@ def _differences(path: str, was: Any, now: Any) -> Iterable[Difference]:
 
 
 def identity(
-    backend: Backend, model: Any, *, gear: str | None, code: Mapping[str, str]
+    backend: Backend,
+    model: Any,
+    *,
+    gear: str | None,
+    watched: bool,
+    code: Mapping[str, str],
 ) -> dict[str, Any]:
     """What the bits of a training in this process depend on, data apart.
 
@@ -112,6 +118,7 @@ def identity(
         backend: Where steps run.
         model: What is trained.
         gear: How.
+        watched: Whether its signals are measured: that is another program.
         code: SHA-256 of the code, by what it is of.
     """
     import keras
@@ -133,6 +140,7 @@ def identity(
         "model": digest(_config(model, model.get_config)),
         "training": {name: digest(value) for name, value in training(model).items()},
         "gear": gear,
+        **({"watch": True} if watched else {}),
         "code": dict(code),
     }
 

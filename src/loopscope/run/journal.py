@@ -27,12 +27,13 @@ import numpy as np
 
 from loopscope.errors import RunError
 
-VERSION = 1
+VERSION = 2
 APPLICATION = 0x6C6F6F70
 """Says in the header of the file whose it is: "loop"."""
 
 TABLES = {
     "steps": ("first", "name", "count", "dtype", "data", "time"),
+    "signals": ("first", "every", "names", "count", "data", "time"),
     "epochs": ("epoch", "first_step", "steps", "logs", "wall_s", "time"),
     "events": ("id", "step", "kind", "data", "time"),
     "checkpoints": (
@@ -53,6 +54,7 @@ TABLES = {
 
 _KEYS = {
     "steps": "first, name",
+    "signals": "first",
     "epochs": "epoch",
     "events": "id",
     "checkpoints": "name",
@@ -196,6 +198,7 @@ class JournalWriter:
                 size = np.dtype(dtype).itemsize * (step - first)
                 kept = (first, name, step - first, dtype, data[:size], time)
                 self.put("steps", [kept])
+        self._cut_signals(step)
         self._db.execute(
             "DELETE FROM writes WHERE step > ? OR (step = ? AND turn >= ?)",
             (step, step, turn),
@@ -212,6 +215,17 @@ class JournalWriter:
         self._db.execute(
             "DELETE FROM checkpoints WHERE step > ? OR name LIKE '%-end'", (step,)
         )
+
+    def _cut_signals(self, step: int) -> None:
+        rows = [row for row, whole in _read(self._db, "signals") if whole]
+        self._db.execute("DELETE FROM signals")
+        kept = []
+        for first, every, names, count, data, time in rows:
+            left = min(count, -(-(step - first) // every))
+            if left > 0:
+                size = len(data) // count * left
+                kept.append((first, every, names, left, data[:size], time))
+        self.put("signals", kept)
 
     def replace_events(self, rows: Sequence[Row]) -> None:
         """Forget every event, and begin with these."""
@@ -290,6 +304,7 @@ class JournalReader:
         if owner != APPLICATION or version < 1:
             self.close()
             raise RunError(f"{self._path} is damaged: it does not say it is a journal")
+        self._version = version
         if version > VERSION:
             self.close()
             raise RunError(
@@ -369,6 +384,23 @@ class JournalReader:
             for found, arrays in parts.items()
         }
 
+    def signals(self) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The signals of watched steps, in stretches: their numbers, values by name.
+
+        Raises:
+            RunError: A row is damaged.
+        """
+        if self._version < 2:
+            return []
+        found = []
+        for first, every, names, count, data, _ in self.rows("signals"):
+            with self._reading():
+                listed = json.loads(names)
+                values = np.frombuffer(data, "<f4").reshape(count, len(listed))
+                by_name = dict(zip(listed, values.T, strict=True))
+            found.append((first + every * np.arange(count), by_name))
+        return found
+
     def epochs(self) -> list[EpochRow]:
         """Every epoch that has begun."""
         return [
@@ -436,6 +468,7 @@ class JournalReader:
         """
         for table in ("epochs", "checkpoints", "writes", "facts"):
             self.rows(table)
+        self.signals()
         self.events()
 
     def copy(self, path: Path) -> None:

@@ -144,6 +144,27 @@ def steps(folder: Folder) -> dict[str, np.ndarray]:
     return columns
 
 
+def signals(folder: Folder) -> dict[str, np.ndarray]:
+    """What a watched training measured: `"step"` and one array a name.
+
+    Each of shape `(m,)`; not a number where a step had no such signal.
+    """
+    with journal(folder) as reader:
+        stretches = reader.signals()
+    parts = [steps for steps, _ in stretches]
+    count = sum(map(len, parts))
+    empty = np.zeros(0, np.int64)
+    columns: dict[str, np.ndarray] = {"step": np.concatenate([empty, *parts])}
+    at = 0
+    for steps_, values in stretches:
+        for name, value in values.items():
+            if name not in columns:
+                columns[name] = np.full(count, np.nan, np.float32)
+            columns[name][at : at + len(steps_)] = value
+        at += len(steps_)
+    return columns
+
+
 def epochs(folder: Folder) -> list[dict[str, Any]]:
     """Every epoch that is over: epoch, first_step, steps, seconds, and its metrics."""
     with journal(folder) as reader:

@@ -32,9 +32,11 @@ from loopscope.events import (
     EpochEnd,
     Event,
     GearChosen,
+    Incident,
     PhaseBegin,
     PhaseEnd,
     Resumed,
+    Signals,
     TrainEnd,
 )
 from loopscope.run import (
@@ -63,6 +65,10 @@ if TYPE_CHECKING:
 
 COST = 0.01
 """The share of the time that checkpoints which can wait may take."""
+
+
+INCIDENT = ("incident", "at", "what", "value", "usual", "examples", "first", "text")
+"""What the journal has of an `Incident`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,6 +349,9 @@ class Recorder:
                 self._event("compiled", **asdict(event))
             case GearChosen():
                 self._event("gear", **asdict(event))
+            case Incident():
+                data = {**vars(event), "incident": event.kind, "at": event.step}
+                self._event("incident", **{n: data[n] for n in INCIDENT})
         self._say_problems()
 
     def _before_chunk(self) -> None:
@@ -386,6 +395,7 @@ class Recorder:
         self._run_s += event.wall_s
         values = {n: _number(v) for n, v in event.outputs.items() if _is_scalar(v)}
         self._writer.scalars(event.step, values)
+        self._record_signals(event.signals)
         within = self._listener is not None and self._listener.within_call
         if self._passes > 1 or within:
             # Only the first pass of an epoch has a place to go on from; and callbacks
@@ -400,6 +410,15 @@ class Recorder:
             self._make_room()
             self._put(self._capture())
         self._leave_if_told(None)
+
+    def _record_signals(self, signals: Signals | None) -> None:
+        if signals is None or not len(signals.steps):
+            return
+        assert self._writer is not None
+        values = np.stack(list(signals.values.values()), axis=1).astype("<f4")
+        first, names = int(signals.steps[0]), json.dumps(list(signals.values))
+        row = (first, self._loop.watch, names, len(values), values.tobytes())
+        self._writer.row("signals", *row, time.time())
 
     def _after_epoch(self, event: EpochEnd) -> None:
         if self._is_over():
