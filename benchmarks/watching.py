@@ -129,8 +129,8 @@ def page(rows: Sequence[Row], about: str) -> str:
         "Four loops train the same in one process, in turns: not watched, watched "
         "every tenth step, watched at every step, not watched again. A piece is a call "
         "of `fit` on arrays from the initial weights. Shares are taken within each "
-        "round, of the mean of the two that are not watched: median, least and most. The "
-        "second of these against the first says what the machine makes of nothing. "
+        "round, of the mean of the two that are not watched: median, least and most. "
+        "The second of these against the first says what the machine makes of nothing. "
         "*Quietest* compares the fastest piece of each kind.",
         "",
         *table_of([_target(row) for row in rows if _key(row) in TARGET]),

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from program import loaded_by
 
+from loopscope import open_run
 from loopscope.cli import main
 
 EXPERIMENT = """
@@ -172,6 +173,17 @@ def test_train_takes_gear_and_epochs_and_prints_a_line_an_epoch(folder, monkeypa
     assert lines[3].startswith("9 steps in gear eager, ")
 
 
+def test_train_watches_and_the_run_has_the_signals(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = in_process("train", "experiment.py:tiny", "--watch", "2", "--run", "watched")
+    assert done.exit_code == 0, done.stderr
+    run = open_run("watched")
+    assert run.signals["step"].tolist() == [0, 2, 4]
+    assert any(name.startswith("gradient_norm/") for name in run.signals)
+    assert run.rewind(3, look=False).identical
+    run.close()
+
+
 def test_compare_lists_every_gear(folder, monkeypatch):
     monkeypatch.chdir(folder)
     made = json.loads(in_process("compare", "experiment.py:tiny", "--json").stdout)
@@ -208,6 +220,7 @@ def test_compare_lists_every_gear(folder, monkeypatch):
         (["train", "no_such_module:f"], "could not be imported: ModuleNotFoundError"),
         (["train", "experiment.py:tiny", "--gear", "sixth"], "Unknown gear"),
         (["train", "experiment.py:tiny", "--epochs", "-1"], "`epochs` must be"),
+        (["train", "experiment.py:tiny", "--watch", "0"], "`watch` must be"),
         (["mnist", "--batch-size", "0"], "`batch_size` must be a whole number"),
     ],
 )
