@@ -1,5 +1,8 @@
 """A watched step measures what an opened step shows, and trains to the same bits."""
 
+import sqlite3
+from contextlib import closing
+
 import keras
 import numpy as np
 import pytest
@@ -397,3 +400,19 @@ def test_several_optimizers_are_watched_together():
     loop.fit(*data, batch_size=BATCH, verbose=0)
     layers_ = {n.partition("/")[2] for n in heard.at(0) if n.startswith("update_ratio")}
     assert len({path.partition("/")[0] for path in layers_}) == 2
+
+
+def test_a_journal_of_the_first_version_is_read_and_gone_on_with(tmp_path):
+    """It knew no signals; nothing else has changed."""
+    x, y = blobs(rows=BATCH * 4)
+    arguments = {"batch_size": BATCH, "verbose": 0, "run": tmp_path / "run"}
+    fresh(small_loop, FUSED).fit(x, y, **arguments)
+    with closing(sqlite3.connect(tmp_path / "run" / "journal.sqlite")) as journal:
+        journal.execute("DROP TABLE signals")
+        journal.execute("PRAGMA user_version=1")
+        journal.commit()
+    assert loopscope.open_run(tmp_path / "run").signals["step"].size == 0
+    fresh(small_loop, FUSED).fit(x, y, **arguments, epochs=2, resume=True)
+    run = loopscope.open_run(tmp_path / "run")
+    assert len(run.steps["loss"]) == 8
+    assert run.signals["step"].size == 0
