@@ -49,6 +49,12 @@ def cache_folder(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_doctor(monkeypatch):
+    """`fit` looks into no step by itself: some hundred tests train for milliseconds."""
+    monkeypatch.setenv("LOOPSCOPE_DOCTOR", "0")
+
+
+@pytest.fixture(autouse=True)
 def no_thread_left():
     """A test that leaves a prefetch thread behind fails."""
     before = set(threading.enumerate())

@@ -51,7 +51,7 @@ def test_arguments_defaults_and_their_order_are_those_of_keras(method):
 
     expected = words(getattr(keras.Model, method))
     # Recording is loopscope's own: by keyword only, after all that are Keras's.
-    own = [("run", None), ("resume", False), ("fast_dev_run", 0)]
+    own = [("run", None), ("resume", False), ("fast_dev_run", 0), ("doctor", True)]
     own = own if method == "fit" else []
     assert words(getattr(Loop, method)) == expected + own
     for name, _ in own:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,22 @@ def logits(model: Any) -> None:
     Keras on TensorFlow notices it while tracing, and takes the logits; elsewhere the
     loss is computed from the probabilities as if they were logits.
     """
+    for operation, name, loss in _activated(model):
+        warnings.warn(
+            f"The output {operation.name!r} ends in a {name}, but its loss "
+            f"{loss.name!r} has from_logits=True: it expects what comes before the "
+            f"{name}. Drop the activation, or set from_logits=False.",
+            stacklevel=6,
+        )
+
+
+def activated_losses(model: Any) -> set[str]:
+    """The names of the losses that `logits` warns of."""
+    return {loss.name for _, _, loss in _activated(model)}
+
+
+def _activated(model: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Each output operation with a softmax or sigmoid, its name, and such a loss."""
     losses, outputs = getattr(model, "loss", None), getattr(model, "outputs", None)
     if not outputs or losses is None:
         return
@@ -138,12 +155,7 @@ def logits(model: Any) -> None:
         name = getattr(activation, "__name__", type(operation).__name__).lower()
         config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
         if name in ("softmax", "sigmoid") and config.get("from_logits"):
-            warnings.warn(
-                f"The output {operation.name!r} ends in a {name}, but its loss "
-                f"{loss.name!r} has from_logits=True: it expects what comes before the "
-                f"{name}. Drop the activation, or set from_logits=False.",
-                stacklevel=6,
-            )
+            yield operation, name, loss
 
 
 def build_quietly(model: Any, specs: tuple[Any, ...], phase: str) -> None:

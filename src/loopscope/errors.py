@@ -10,7 +10,8 @@
     └── BackendError (also an ImportError)  a backend that is missing or unknown
 
 An exception of the user's own (in a source, a step, a callback) is never
-replaced: it keeps its type and traceback and gets a note naming the step.
+replaced: it keeps its type and traceback and gets a note naming the step. What the
+doctor finds as a training begins is no exception but a `DoctorWarning`.
 """
 
 from __future__ import annotations
@@ -46,3 +47,7 @@ class RunError(UsageError):
 
 class BackendError(LoopscopeError, ImportError):
     """The Keras backend is missing, or has no room under `backend/`."""
+
+
+class DoctorWarning(UserWarning):
+    """What the doctor has found as a training began: see docs/doctor.md."""

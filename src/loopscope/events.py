@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from loopscope.doctor.finding import Finding
 
 Phase = Literal["train", "test", "predict"]
 PHASES: tuple[Phase, ...] = ("train", "test", "predict")
@@ -191,3 +194,20 @@ class GearChosen(Event):
     reason: str
     wall_s: float
     measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Diagnosed(Event):
+    """The doctor has made its cheap checks, once, as training began.
+
+    Attributes:
+        findings: What it has found, errors first.
+        checks: The names of the checks that it has made.
+        why_not: Why it has looked at data only, and into no step; else empty.
+        wall_s: Seconds that training has waited for it.
+    """
+
+    findings: tuple[Finding, ...]
+    checks: tuple[str, ...]
+    why_not: str
+    wall_s: float

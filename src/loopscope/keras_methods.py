@@ -24,6 +24,7 @@ from loopscope import checks
 from loopscope.callbacks import CallbackListener, rows
 from loopscope.data.source import Source, as_source
 from loopscope.data.split import split, unpack
+from loopscope.doctor import first_chunk
 from loopscope.errors import UsageError
 from loopscope.events import Phase
 from loopscope.run.resume import recording
@@ -54,6 +55,7 @@ def fit(
     run: Any = None,
     resume: bool | str = False,
     fast_dev_run: int = 0,
+    doctor: bool = True,
 ) -> Any:
     """Train as `keras.Model.fit` does, argument by argument, and record it if asked to.
 
@@ -65,6 +67,9 @@ def fit(
         fast_dev_run: Run so many steps of everything, training and validation, to see
             that it runs: nothing is recorded, callbacks that write files or to
             services are left out, and the loop is as it was after it.
+        doctor: Make the doctor's cheap checks in the first chunk, once for a loop: at
+            most 0.6 s, and no bit changes. What it finds is the event
+            `loopscope.events.Diagnosed`, and each error a warning.
 
     Returns:
         A `keras.callbacks.History`.
@@ -127,6 +132,8 @@ def fit(
                 "validation_freq": validation_freq,
             }
             held.enter_context(recorder.listening(listener, train, {**of_data, **when}))
+        if doctor and first_chunk.wanted():
+            held.enter_context(_examined(self, train))
 
         def first() -> int:
             # BackupAndRestore sets it when training begins.
@@ -138,6 +145,26 @@ def fit(
             if validation is not None and _is_due(epoch.index, validation_freq):
                 epoch.validate(validation, steps=steps)
     return self.model.history
+
+
+@contextmanager
+def _examined(self: Loop, train: Source) -> Iterator[None]:
+    """Make the cheap checks while training begins within this block.
+
+    Who listens last comes when all others are done with a chunk.
+    """
+    listener = first_chunk.FirstChunk(
+        self._runner,
+        train,
+        ahead=self.ahead,
+        gear=lambda: self.gear,
+        tell=self._emit,
+    )
+    self.subscribe(listener)
+    try:
+        yield
+    finally:
+        self.unsubscribe(listener)
 
 
 WRITERS = (

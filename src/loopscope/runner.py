@@ -44,6 +44,8 @@ class Stage:
     watchers: dict[str, Watcher] = field(default_factory=dict)
     checked: list[Any] = field(default_factory=list)
     first_specs: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    examined: bool = False
+    """Whether the doctor has made its cheap checks."""
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,9 @@ class Backend(Protocol):
     loosens: bool
     """Whether a program can leave axes of a `"whole"` feed open."""
 
+    runs_eagerly_at_once: bool
+    """Whether an operation runs eagerly without being compiled before."""
+
     def device(self) -> str:
         """The device that steps run on, in words."""
         ...

@@ -46,6 +46,7 @@ class JaxBackend:
     gears = (XLA, FUSED_XLA, EAGER)
     packages = ("jax", "jaxlib")
     loosens = False
+    runs_eagerly_at_once = False
     unseen = (
         "gradients with respect to layers' outputs: JAX differentiates a function, and "
         "only with respect to its arguments",

@@ -8,6 +8,7 @@ again for every new (start, stop) under XLA.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
+from tensorflow.python.eager import context
 from tensorflow.python.framework import op_callbacks
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
@@ -46,6 +48,7 @@ class TensorFlowBackend:
     gears = (GRAPH, FUSED_GRAPH, XLA, FUSED_XLA, EAGER)
     packages = ("tensorflow",)
     loosens = True
+    runs_eagerly_at_once = True
     unseen = ()
 
     def device(self) -> str:
@@ -223,7 +226,7 @@ class TensorFlowBackend:
         tf.GradientTape.gradient = gradient
         op_callbacks.add_op_callback(executed)
         try:
-            with _random_as_compiled() if compiled else nullcontext():
+            with _seeds_kept(), _random_as_compiled() if compiled else nullcontext():
                 yield
         finally:
             op_callbacks.remove_op_callback(executed)
@@ -293,6 +296,24 @@ RANDOM = (
 
 _COMPILED: dict[str, Any] = {}
 """The same, each compiled by itself."""
+
+
+@contextmanager
+def _seeds_kept() -> Iterator[None]:
+    """Random operations without a seed, run eagerly, take no seed from later ones.
+
+    TensorFlow draws one for each from a generator of Python's that has no public name.
+    Others are drawn here, since each seed has a kernel that remembers how far it is.
+    """
+    eager = context.context()
+    kept = getattr(eager, "_rng", None)
+    if kept is not None:
+        eager._rng = random.Random("loopscope")
+    try:
+        yield
+    finally:
+        if kept is not None:
+            eager._rng = kept
 
 
 @contextmanager

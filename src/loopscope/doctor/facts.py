@@ -105,8 +105,11 @@ class Facts:
                 Segment(segment.feed, segment.start + steps, segment.stop)
             )
 
+    def _probe(self) -> Probe:
+        return probe_of(self.runner)
+
     def _look(self, segment: Segment) -> Seen:
-        probe = probe_of(self.runner)
+        probe = self._probe()
         try:
             with self._kept():
                 look = open_step(
@@ -176,7 +179,7 @@ class Facts:
         feed = Feed("whole", arrays, None, like.batch_size, like.specs, ())
         with self._kept():
             outputs, _ = executed(
-                self.runner, Segment(feed, 0, 1), self.gear, probe_of(self.runner)
+                self.runner, Segment(feed, 0, 1), self.gear, self._probe()
             )
         return scalars(outputs).get("loss")
 

@@ -111,6 +111,8 @@ class Probe:
         self._updating: set[int] = set()
         self.phases: dict[str, float] = {}
         """Seconds of each phase."""
+        self.until = float("inf")
+        """When to give up, in the seconds of `time.perf_counter`."""
         self._stack: list[str] = []
         self._counts: dict[str, int] = {}
         self._open: list[list[float]] = []
@@ -178,6 +180,8 @@ class Probe:
     def timed(self, phase: str) -> Iterator[None]:
         """Count the time of a block for a phase, and not for the one around it."""
         began = time.perf_counter()
+        if began > self.until:
+            raise TimeoutError("Looking into the step takes longer than it may.")
         self._open.append([0.0])
         self._phase.append(phase)
         try:

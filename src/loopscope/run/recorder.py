@@ -28,6 +28,7 @@ from loopscope.events import (
     ChunkBegin,
     ChunkEnd,
     Compiled,
+    Diagnosed,
     EpochBegin,
     EpochEnd,
     Event,
@@ -352,6 +353,9 @@ class Recorder:
             case Incident():
                 data = {**vars(event), "incident": event.kind, "at": event.step}
                 self._event("incident", **{n: data[n] for n in INCIDENT})
+            case Diagnosed():
+                findings = [f.as_dict() for f in event.findings]
+                self._event("doctor", **{**vars(event), "findings": findings})
         self._say_problems()
 
     def _before_chunk(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from loopscope.doctor.checks import (
     broadcast,
@@ -29,22 +30,38 @@ from loopscope.doctor.finding import Finding
 
 Check = Callable[[Facts], Iterator[Finding]]
 
+
+@dataclass(frozen=True)
+class Cheap:
+    """A check that one step is enough for: `fit` makes it by itself.
+
+    It asks for `first` (or what comes of it) and `segment`, and for nothing that runs
+    more steps or reads more data.
+    """
+
+    run: Check
+
+    def __call__(self, facts: Facts) -> Iterator[Finding]:
+        """Make it."""
+        return self.run(facts)
+
+
 ALL: dict[str, Check] = {
-    "labels": labels.check,
-    "from_logits": from_logits.check,
-    "broadcast": broadcast.check,
-    "inputs": inputs.check,
+    "labels": Cheap(labels.check),
+    "from_logits": Cheap(from_logits.check),
+    "broadcast": Cheap(broadcast.check),
+    "inputs": Cheap(inputs.check),
     "order": order.check,
-    "training_flag": training_flag.check,
+    "training_flag": Cheap(training_flag.check),
     "test_step": test_step.check,
-    "regularization": regularization.check,
-    "metrics_twice": metrics_twice.check,
-    "variables": variables.check,
-    "float16": float16.check,
-    "nonfinite": nonfinite.check,
-    "gradient_sizes": gradient_sizes.check,
-    "dead_units": dead_units.check,
-    "saturation": saturation.check,
+    "regularization": Cheap(regularization.check),
+    "metrics_twice": Cheap(metrics_twice.check),
+    "variables": Cheap(variables.check),
+    "float16": Cheap(float16.check),
+    "nonfinite": Cheap(nonfinite.check),
+    "gradient_sizes": Cheap(gradient_sizes.check),
+    "dead_units": Cheap(dead_units.check),
+    "saturation": Cheap(saturation.check),
     "update_ratio": update_ratio.check,
     "overlap": overlap.check,
     "resuming": resuming.check,
