@@ -295,7 +295,7 @@ def tried(monkeypatch, trials, *, steps):
             raise RuntimeError("this gear cannot run the step")
         return trials[gear.name]
 
-    monkeypatch.setattr(choose, "_measure", measure)
+    monkeypatch.setattr(choose, "measure", measure)
     loop = fresh(small_loop, "auto")
     event = chosen_event(loop, lambda: prepared(loop, epochs=steps // 8))
     return order, event.gear
@@ -353,7 +353,7 @@ def test_a_trial_that_is_losing_ends_early():
     loop.prepare("train", source)
     gear = loop.gear
     segment = source.sample()
-    choose._measure(loop._runner, gear, segment, best_s=None)
+    choose.measure(loop._runner, gear, segment, best_s=None)
     calls = []
     run = loop._runner.run
 
@@ -362,10 +362,10 @@ def test_a_trial_that_is_losing_ends_early():
         return run(phase, gear, part)
 
     loop._runner.run = counting
-    choose._measure(loop._runner, gear, segment, best_s=1e-12)
+    choose.measure(loop._runner, gear, segment, best_s=1e-12)
     losing = len(calls)
     calls.clear()
-    choose._measure(loop._runner, gear, segment, best_s=None)
+    choose.measure(loop._runner, gear, segment, best_s=None)
     assert losing < len(calls)
 
 
@@ -399,8 +399,13 @@ def test_tests_run_without_xla_where_it_pays_only_just():
 def test_the_reason_says_when_compiling_with_xla_does_not_pay():
     trials = {"graph": Trial(1e-3, 0.2), "xla": Trial(2e-3, 2.0)}
     assert choose._reason("graph", trials, 1500, False) == (
-        "graph for 1,500 steps (measured: graph 1 ms/step, xla 2 ms/step); compiling "
-        "with XLA does not pay here"
+        "graph for 1,500 steps (measured: graph 1 ms/step, xla 2 ms/step), about 1.7 s;"
+        " compiling with XLA does not pay here"
+    )
+    faster = {"graph": Trial(1e-3, 0.2), "fused-xla": Trial(2e-4, 1.0)}
+    assert choose._reason("fused-xla", faster, 10_000, False, copies=2) == (
+        "fused-xla for 10,000 steps (measured: graph 1 ms/step, fused-xla 0.2 ms/step),"
+        " about 4 s, ahead of graph after 2,000 steps"
     )
     assert choose._reason("xla", {"xla": FAST}, None, True) == (
         "xla for an unknown number of steps (measured before: xla 0.1 ms/step)"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 from loopscope.cpu import cpu_line
 from loopscope.data.feed import Segment
 from loopscope.data.source import Source
+from loopscope.events import Phase
 from loopscope.gear import FUSED_GRAPH, FUSED_XLA, GEARS, GRAPH, XLA, Gear
 from loopscope.runner import Runner
 
@@ -44,6 +46,10 @@ class Trial:
 
     step_s: float
     compile_s: float
+
+    def total_s(self, steps: int, copies: int) -> float:
+        """Seconds of so many steps, compiled for so many batch sizes."""
+        return self.compile_s * copies + self.step_s * steps
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,8 @@ def choose(
     done = trials.keys() - known.keys()
 
     def rest_s(name: str) -> float:
-        trial = trials[name]
         compiled = 1 if name in done else 0
-        return trial.compile_s * (copies - compiled) + trial.step_s * horizon
+        return trials[name].total_s(horizon, copies - compiled)
 
     best = min(trials, key=rest_s)
     runner.keep("train", GEARS[best])
@@ -105,7 +110,7 @@ def choose(
     return Choice(
         GEARS[best],
         _test_gear(best, trials, horizon),
-        _reason(best, trials, steps, bool(known)),
+        _reason(best, trials, steps, bool(known), copies),
         wall_s,
         trials,
     )
@@ -122,10 +127,10 @@ def _try_gears(
     segment = source.sample()
     trials, spent = dict(known), 0.0
     if plain.name not in trials:
-        trials[plain.name] = _measure(runner, plain, segment, best_s=None)
+        trials[plain.name] = measure(runner, plain, segment, best_s=None)
         spent = TRIAL_S  # Its compilation counts for the training, its steps do not.
     first = trials[plain.name]
-    total = first.compile_s * copies + first.step_s * steps
+    total = first.total_s(steps, copies)
     allowed = max(SLACK_SHARE * total, SLACK_S)
     for gear in (g for g in others if g.name not in trials):
         best_s = min(t.step_s for t in trials.values())
@@ -138,7 +143,7 @@ def _try_gears(
             continue
         began = time.perf_counter()
         try:
-            trials[gear.name] = _measure(runner, gear, segment, best_s=best_s)
+            trials[gear.name] = measure(runner, gear, segment, best_s=best_s)
         except Exception:
             continue  # A gear that cannot run this step is no choice.
         finally:
@@ -176,14 +181,27 @@ def _forecast(gear: Gear, trials: Mapping[str, Trial]) -> tuple[float, float]:
     return float("inf"), 0.0
 
 
-def _measure(
-    runner: Runner, gear: Gear, segment: Segment, *, best_s: float | None
+def measure(
+    runner: Runner,
+    gear: Gear,
+    segment: Segment,
+    *,
+    best_s: float | None = None,
+    phase: Phase = "train",
 ) -> Trial:
-    """Run the segment's first steps over and over, for `TRIAL_S`."""
+    """Run the segment's first steps over and over, for `TRIAL_S`.
+
+    Args:
+        runner: Has the phase's step. Whoever calls keeps the state.
+        gear: In which to run them.
+        segment: Their data.
+        best_s: Seconds a step of the best gear so far: one that is losing is left.
+        phase: Which step.
+    """
 
     def run(steps: int) -> tuple[float, float]:
         part = Segment(segment.feed, segment.start, segment.start + steps)
-        done = runner.run("train", gear, part)
+        done = runner.run(phase, gear, part)
         return done.wall_s, sum(c.wall_s for c in done.compiled)
 
     _, compile_s = run(1)
@@ -215,8 +233,30 @@ def _test_gear(best: str, trials: Mapping[str, Trial], steps: int) -> Gear:
     return FUSED_GRAPH if FUSED_GRAPH.name in trials else GRAPH
 
 
+def break_even(trial: Trial, surest: Trial, copies: int) -> int | None:
+    """After how many steps a gear is ahead of the surest one; `None` if never."""
+    behind_s = (trial.compile_s - surest.compile_s) * copies
+    saved_s = surest.step_s - trial.step_s
+    if behind_s <= 0 and saved_s >= 0:
+        return 0
+    return None if saved_s <= 0 else math.ceil(behind_s / saved_s)
+
+
+def in_words(seconds: float) -> str:
+    """A time for people: "2.7 s", "12 min", "3.1 h"."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def _reason(
-    best: str, trials: Mapping[str, Trial], steps: int | None, remembered: bool
+    best: str,
+    trials: Mapping[str, Trial],
+    steps: int | None,
+    remembered: bool,
+    copies: int = 1,
 ) -> str:
     listed = ", ".join(
         f"{name} {1e3 * t.step_s:.3g} ms/step" for name, t in trials.items()
@@ -224,6 +264,12 @@ def _reason(
     length = "an unknown number of" if steps is None else f"{steps:,}"
     origin = "measured before" if remembered else "measured"
     text = f"{best} for {length} steps ({origin}: {listed})"
+    surest = next(iter(trials))
+    paid = break_even(trials[best], trials[surest], copies)
+    if steps is not None:
+        text += f", about {in_words(trials[best].total_s(steps, copies))}"
+    if best != surest and paid is not None:
+        text += f", ahead of {surest} after {paid:,} steps"
     slower = [
         name
         for name, t in trials.items()

@@ -15,6 +15,7 @@ from typing import Any
 from loopscope import keras_methods
 from loopscope.doctor.examine import Examination
 from loopscope.errors import ExperimentError
+from loopscope.estimate import Estimate
 from loopscope.loop import Loop
 
 BUILT_IN = {"mnist": "loopscope.experiments.mnist:mnist"}
@@ -74,6 +75,13 @@ class Experiment:
             return self.loop.examine(
                 train, validation, checks=checks, progress=progress
             )
+
+    def estimate(self, **changes: Any) -> Estimate:
+        """As `Loop.estimate`, on the data of the experiment."""
+        epochs = {**self.arguments, **changes}.get("epochs", 1)
+        with ExitStack() as hold:
+            train, validation = self.sources(hold)
+            return self.loop.forecast(train, validation, epochs=epochs)
 
     def train_source(self) -> Any:
         """The training data as a source."""

@@ -37,6 +37,7 @@ from loopscope.doctor.examine import Examination, examine
 from loopscope.doctor.facts import Facts
 from loopscope.epoch import Epoch
 from loopscope.errors import DataError, UsageError
+from loopscope.estimate import Estimate, estimate
 from loopscope.events import (
     PHASES,
     ChunkBegin,
@@ -887,6 +888,87 @@ class Loop:
         chosen = self.prepare("train", source)
         return compare(self._runner, source, chosen=chosen, progress=progress)
 
+    def estimate(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        validation_data: Any = None,
+        steps_per_epoch: int | None = None,
+        gears: Collection[str] | None = None,
+    ) -> Estimate:
+        """How long a training would take, and from where on a gear pays.
+
+        Measures some steps as `auto` does, and sets everything back: about a second,
+        and compiling. What it has compiled, and what `auto` remembers, is there for
+        the training that follows.
+
+        Example:
+            ```python
+            print(loop.estimate(x_train, y_train, batch_size=64, epochs=5))
+            ```
+
+        Args:
+            x: Data as in `fit`.
+            y: Data as in `fit`.
+            sample_weight: Data as in `fit`.
+            batch_size: Examples of a step, for arrays.
+            epochs: Passes.
+            validation_data: As in `fit`.
+            steps_per_epoch: As in `fit`.
+            gears: The names of gears to measure, `"eager"` among them where compiling
+                as such is the question. If not given, those that `auto` would try; for
+                a loop whose gear is known, that one and the surest.
+
+        Returns:
+            Seconds by gear, and the number of steps after which each is ahead of the
+            surest one. `print` shows a table. Time in which a step waits for data, and
+            callbacks, are not in it.
+
+        Raises:
+            UsageError: Data that no step could be run on, or no such gear.
+        """
+        checks.count("epochs", epochs, least=1)
+        with contextlib.ExitStack() as held:
+            source, validation = keras_methods.sources(
+                self,
+                x,
+                y,
+                sample_weight,
+                batch_size=batch_size,
+                validation_data=validation_data,
+                steps_per_epoch=steps_per_epoch,
+                hold=held,
+            )
+            return self.forecast(source, validation, epochs=epochs, gears=gears)
+
+    def forecast(
+        self,
+        source: Source,
+        validation: Source | None = None,
+        *,
+        epochs: int = 1,
+        gears: Collection[str] | None = None,
+    ) -> Estimate:
+        """`estimate`, for sources that are there already."""
+        chosen, tested = self._gear, self._test_gear
+        with self._settled(source):
+            if validation is not None:
+                self.prepare("test", validation)
+            return estimate(
+                self._runner,
+                source,
+                validation,
+                epochs=epochs,
+                gear=chosen,
+                test_gear=tested,
+                gears=gears,
+                cache=self._cache,
+            )
+
     def look(
         self, x: Any = None, y: Any = None, sample_weight: Any = None
     ) -> OpenedStep:
@@ -1099,6 +1181,15 @@ class Loop:
     @contextlib.contextmanager
     def _ready(self, source: Source) -> Iterator[Gear]:
         """The train step, ready to run single steps of a source; its gear."""
+        try:
+            with self._settled(source) as gear:
+                yield gear
+        finally:
+            source.close()
+
+    @contextlib.contextmanager
+    def _settled(self, source: Source) -> Iterator[Gear]:
+        """As `_ready`, for a source that is trained on afterwards."""
         held = self._gear, self._test_gear
         try:
             if self._gear is None:  # To measure gears is not what was asked for.
@@ -1108,7 +1199,6 @@ class Loop:
             yield gear
         finally:
             self._gear, self._test_gear = held
-            source.close()
 
     def ahead(self) -> Segment | None:
         """The steps that are about to run, where some are: in a chunk's beginning."""

@@ -184,6 +184,18 @@ def test_train_watches_and_the_run_has_the_signals(folder, monkeypatch):
     run.close()
 
 
+def test_train_can_say_how_long_it_would_take_and_train_nothing(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ("train", "experiment.py:tiny", "--epochs", "40", "--estimate")
+    made = json.loads(in_process(*arguments, "--json").stdout)
+    assert made["steps"] == 3 * 40
+    assert made["chosen"] in [g["gear"] for g in made["gears"]]
+    assert made["total_s"] > 0
+    said = in_process(*arguments, "--gear", made["chosen"]).stdout
+    assert said.startswith("120 steps in 40 epochs: about ")
+    assert "epoch 1/40" not in said
+
+
 def test_compare_lists_every_gear(folder, monkeypatch):
     monkeypatch.chdir(folder)
     made = json.loads(in_process("compare", "experiment.py:tiny", "--json").stdout)

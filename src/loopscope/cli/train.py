@@ -12,6 +12,7 @@ from loopscope.cli.common import (
     command,
     json_option,
     no_run_option,
+    print_json,
     run_option,
     seed_option,
     start_backend,
@@ -30,6 +31,7 @@ from loopscope.cli.common import (
     help="Measure the signals of every K-th step.  [default: the experiment's]",
 )
 @click.option("--epochs", type=int, help="Passes.  [default: the experiment's]")
+@click.option("--estimate", is_flag=True, help="Only say how long it would take.")
 @backend_option
 @seed_option
 @json_option
@@ -41,6 +43,7 @@ def train(
     gear: str | None,
     watch: int | None,
     epochs: int | None,
+    estimate: bool,
     backend: str | None,
     seed: int,
     as_json: bool,
@@ -49,7 +52,8 @@ def train(
 
     The built-in experiment is recorded in any case, under runs/. SIGTERM and Ctrl-C
     end a recorded training after the chunk that runs, saved: `loopscope resume` goes
-    on.
+    on. --estimate measures some steps, prints what the whole training would take in
+    each gear, and trains nothing.
     """
     start_backend(backend)
     from loopscope.cli.training import fresh_run, train_and_tell
@@ -63,6 +67,10 @@ def train(
         made.loop.watch = watch
     if epochs is not None:
         changes["epochs"] = epochs
+    if estimate:
+        found = made.estimate(**changes)
+        print_json(found.as_dict()) if as_json else click.echo(str(found))
+        return
     made.loop.origin = {
         **made.loop.origin,
         "arguments": dict(changes),
