@@ -46,6 +46,8 @@ class Stage:
     first_specs: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     examined: bool = False
     """Whether the doctor has made its cheap checks."""
+    compile_s: float = 0.0
+    """Seconds until the program that was made last had run once."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,12 @@ class Runner:
                 due = np.concatenate([[True], due[1:]])
             outputs.append(self._first(phase, gear, segment, due))
             start += 1
+            stage.compile_s = time.perf_counter() - began
             compiled.append(
                 Compiled(
                     phase,
                     gear.name,
-                    time.perf_counter() - began,
+                    stage.compile_s,
                     _changes(stage.first_specs, gear.name, segment.feed.specs),
                 )
             )

@@ -64,12 +64,7 @@ def with_dropout(gear=STEP):
 
 # What is found.
 
-tensorflow_looks = pytest.mark.skipif(
-    not TENSORFLOW, reason="on JAX no step is looked into by itself"
-)
 
-
-@tensorflow_looks
 def test_an_error_is_warned_of_once_with_what_to_change():
     _, plant = BUGS["dropout_that_drops_nothing"]
     loop, data = plant(DENSE)
@@ -92,7 +87,6 @@ FOUND = [
 ]
 
 
-@tensorflow_looks
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize("name", FOUND)
@@ -116,6 +110,7 @@ def test_nothing_is_found_in_a_healthy_training(healthy):
     assert not [f for event in events for f in event.findings]
 
 
+@pytest.mark.slow_on_jax
 def test_bad_data_are_found_in_every_gear_and_on_every_backend():
     x, y = blobs(64)
     x[3] = np.nan
@@ -124,6 +119,7 @@ def test_bad_data_are_found_in_every_gear_and_on_every_backend():
     assert any("not finite in 'x'" in str(w.message) for w in caught)
 
 
+@pytest.mark.slow_on_jax
 def test_what_only_costs_accuracy_is_told_but_not_warned_of():
     x, y = blobs(64)
     (event,), caught = trained(with_dropout(), 30 * x, y)
@@ -131,7 +127,7 @@ def test_what_only_costs_accuracy_is_told_but_not_warned_of():
     assert not caught
 
 
-@tensorflow_looks
+@pytest.mark.slow_on_jax
 def test_a_softmax_that_keras_is_warned_of_is_not_warned_of_again():
     model = DENSE.model(layers.Dense(3, activation="softmax"))
     loop = built_in(model)
@@ -140,7 +136,7 @@ def test_a_softmax_that_keras_is_warned_of_is_not_warned_of_again():
     assert not caught
 
 
-@tensorflow_looks
+@pytest.mark.slow_on_jax
 def test_what_the_last_step_of_the_chunk_does_not_show_is_not_said(monkeypatch):
     chance = []
 
@@ -160,6 +156,7 @@ def test_what_the_last_step_of_the_chunk_does_not_show_is_not_said(monkeypatch):
 # When it looks.
 
 
+@pytest.mark.slow_on_jax
 def test_it_looks_once_in_the_life_of_a_step():
     loop = with_dropout()
     (_,), _ = trained(loop, *blobs(64))
@@ -199,7 +196,6 @@ def test_in_gear_eager_no_step_is_run_once_more():
     assert "gear eager" in event.why_not
 
 
-@tensorflow_looks
 def test_a_step_that_would_take_too_long_is_not_looked_into(monkeypatch):
     monkeypatch.setattr(first_chunk, "BUDGET_S", 0.01)
     (event,), _ = trained(with_dropout(), *blobs(64))
@@ -207,7 +203,7 @@ def test_a_step_that_would_take_too_long_is_not_looked_into(monkeypatch):
     assert not event.findings
 
 
-@tensorflow_looks
+@pytest.mark.skipif(not TENSORFLOW, reason="compiling cannot be broken off")
 def test_a_look_that_takes_too_long_all_the_same_is_left(monkeypatch):
     monkeypatch.setattr(first_chunk, "BUDGET_S", 0.02)
     monkeypatch.setattr(first_chunk, "look_s", lambda step_s, runner: 0.0)
@@ -218,6 +214,22 @@ def test_a_look_that_takes_too_long_all_the_same_is_left(monkeypatch):
     assert sum(chunk.steps for chunk in before) == 12
 
 
+@pytest.mark.skipif(TENSORFLOW, reason="TensorFlow compiles nothing for a look")
+def test_where_it_has_to_be_compiled_the_forward_pass_may_be_all(monkeypatch):
+    monkeypatch.setattr(first_chunk, "WHOLE", 1e9)
+    _, plant = BUGS["dropout_that_drops_nothing"]
+    loop, data = plant(DENSE)
+    (event,), (warned,) = trained(loop, *data)
+    assert [f.check for f in event.findings] == ["training_flag"]
+    assert "drops nothing" in str(warned.message)
+    _, plant = BUGS["a_learning_rate_of_zero"]
+    loop, data = plant(DENSE)
+    (event,), _ = trained(loop, *data)
+    assert not event.findings
+    assert event.checks == CHEAP
+
+
+@pytest.mark.slow_on_jax
 def test_a_trial_of_a_few_steps_is_looked_at_as_well():
     loop = with_dropout()
     (event,), _ = trained(loop, *blobs(64), fast_dev_run=3)
@@ -274,12 +286,15 @@ def noisy(gear):
     return loop
 
 
-@pytest.mark.parametrize("make", [with_dropout, noisy])
+@pytest.mark.parametrize(
+    "make", [with_dropout, pytest.param(noisy, marks=pytest.mark.slow)]
+)
 def test_not_a_bit_changes(make):
     without, with_it = both(make, blobs(64), batch_size=16)
     assert without == with_it
 
 
+@pytest.mark.slow_on_jax
 def test_not_a_batch_of_a_stream_is_missed():
     taken = []
 
@@ -299,6 +314,7 @@ def test_not_a_batch_of_a_stream_is_missed():
     assert taken == [6, 6]
 
 
+@pytest.mark.slow_on_jax
 def test_a_recorded_run_says_what_was_found_and_replays_to_the_same_bits(tmp_path):
     x, y = blobs(64)
     data = {"x": 30 * x, "y": y, "batch_size": 16, "epochs": 3}
@@ -312,8 +328,7 @@ def test_a_recorded_run_says_what_was_found_and_replays_to_the_same_bits(tmp_pat
     (event,) = [e for e in run.events if e["kind"] == "doctor"]
     assert event["checks"] == list(CHEAP)
     assert event["step"] > 0
-    if TENSORFLOW:
-        assert event["findings"][0]["check"] == "inputs"
+    assert event["findings"][0]["check"] == "inputs"
     assert not [e for e in run.events if e["kind"] in ("warning", "problem")]
     assert run.verify(whole=True).verified
     without = experiment()

@@ -95,6 +95,20 @@ class Observer(Protocol):
         """Count the time of a block for `"forward"`, `"backward"` and so on."""
         ...
 
+    compiled: bool
+    """Whether the step may be compiled: values are asked for when it is over."""
+
+    forward_only: bool
+    """Whether no gradient and no update is asked for, so that none is compiled."""
+
+    def noted(self) -> list[Any]:
+        """What notes were taken of, arrays among it."""
+        ...
+
+    def resolved(self, values: Sequence[Any]) -> None:
+        """As `noted`, with arrays in the place of what stood for them."""
+        ...
+
 
 class Audience(Protocol):
     """Watches a script that is run in a framework."""
@@ -126,7 +140,10 @@ class Backend(Protocol):
     """Whether a program can leave axes of a `"whole"` feed open."""
 
     runs_eagerly_at_once: bool
-    """Whether an operation runs eagerly without being compiled before."""
+    """Whether an operation runs eagerly without being compiled before.
+
+    Where not, a step that is observed can be compiled as a whole: `Observer.compiled`.
+    """
 
     def device(self) -> str:
         """The device that steps run on, in words."""

@@ -1,8 +1,9 @@
 """The cheap checks, made by `fit` itself as training begins.
 
 Once the pace of a training is known, after its first chunk or two, one of the steps
-that have just run is executed once more, eagerly, and set back. What that would cost is
-forecast from the pace, and what would take longer than `BUDGET_S` is left out.
+that have just run is executed once more and set back: eagerly, or compiled for it where
+each eager operation would be compiled by itself. What that would cost is forecast from
+the pace, and what would take longer than `BUDGET_S` is left out.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from loopscope.events import (
     Resumed,
 )
 from loopscope.gear import EAGER, Gear
-from loopscope.look.opening import probe_of
+from loopscope.look.opening import executed, probe_of
 from loopscope.look.probe import Probe
 from loopscope.runner import Runner
 
@@ -45,6 +46,10 @@ BUDGET_S = 0.6
 
 CALL_S, VARIABLE_S, SLOWER, COPIED_BYTES_S = 0.05, 2e-3, 4.0, 2.5e8
 """What one look costs: a call, each variable, so many compiled steps, and copies."""
+
+WHOLE, FORWARD = 1.0, 0.35
+"""Where a look has to be compiled: of what compiling the step took, all or the forward
+pass alone."""
 
 
 def wanted() -> bool:
@@ -153,20 +158,21 @@ class Glance(Facts):
         super().__init__(runner, source, gear=gear)
         self.segment, self._until = segment, until
         self._took_s = 0.0
+        self._compiled = self._forward_only = False
         self.why_not = self._why_not(step_s)
         """Why no step was looked into; empty if one was."""
 
     def _why_not(self, step_s: float) -> str:
         if self.gear is None or self.gear == EAGER:
             return "in gear eager the step's own Python code would run once too often"
-        if not self.backend.runs_eagerly_at_once:
-            return (
-                f"on {self.backend.name} each operation of a step would be compiled "
-                "for it"
-            )
         if self.backend.distribution(self.model) is not None:
             return "the step runs on several replicas"
         forecast_s = look_s(step_s, self.runner)
+        if not self.backend.runs_eagerly_at_once:
+            compile_s = self.runner.stages["train"].compile_s
+            self._compiled = True
+            self._forward_only = forecast_s + WHOLE * compile_s > self._time_left_s()
+            forecast_s += (FORWARD if self._forward_only else WHOLE) * compile_s
         if forecast_s > self._time_left_s():
             return f"it would take about {forecast_s:.1f} s"
         return ""
@@ -177,11 +183,21 @@ class Glance(Facts):
         if self.why_not:
             return Seen(None, Probe(self.backend, [], list))
         began = time.perf_counter()
-        seen = self._look(self.segment)
+        seen = (self._forward if self._forward_only else self._look)(self.segment)
         self._took_s = time.perf_counter() - began
         if seen.error is not None:
             self.why_not = f"{type(seen.error).__name__}: {seen.error}"
         return seen
+
+    def _forward(self, segment: Segment) -> Seen:
+        """What layers and losses have computed; nothing of gradients and updates."""
+        probe = self._probe()
+        try:
+            with self._kept():
+                executed(self.runner, segment, self.gear, probe)
+        except Exception as error:
+            return Seen(None, probe, error)
+        return Seen(None, probe)
 
     @cached_property
     def settled(self) -> Seen:
@@ -228,6 +244,7 @@ class Glance(Facts):
     def _probe(self) -> Probe:
         probe = probe_of(self.runner)
         probe.until = self._until
+        probe.compiled, probe.forward_only = self._compiled, self._forward_only
         return probe
 
     def findings(self) -> tuple[list[Finding], tuple[str, ...]]:

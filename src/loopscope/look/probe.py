@@ -111,6 +111,9 @@ class Probe:
         self._updating: set[int] = set()
         self.phases: dict[str, float] = {}
         """Seconds of each phase."""
+        self.compiled = self.forward_only = False
+        self.batch: tuple[Any, ...] = ()
+        """Of the step, as it got it."""
         self.until = float("inf")
         """When to give up, in the seconds of `time.perf_counter`."""
         self._stack: list[str] = []
@@ -175,6 +178,36 @@ class Probe:
             layer, phase = place or ("/".join(self._stack), self._phase[-1])
             copies = [[np.array(a) for a in part] for part in (inputs, outputs)]
             self.origins.append(Operation(name, layer, phase, *copies))
+
+    def noted(self) -> list[Any]:
+        """Every array that notes were taken of."""
+        import keras
+
+        notes: list[Any] = keras.tree.flatten(self._notes())
+        return notes
+
+    def resolved(self, values: Sequence[Any]) -> None:
+        """Take these in the place of `noted`, which stood for them."""
+        import keras
+
+        notes = keras.tree.pack_sequence_as(self._notes(), list(values))
+        self.batch, calls, judged, gradients, self.regularization = notes
+        for call, found in zip(self.calls, calls, strict=True):
+            call.inputs, call.outputs = found
+        for one, found in zip(self.judged, judged, strict=True):
+            one.y_true, one.y_pred, one.sample_weight, one.value = found
+        for applied, found in zip(self.applied, gradients, strict=False):
+            applied.gradients = found
+
+    def _notes(self) -> list[Any]:
+        applied = [] if self.forward_only else self.applied
+        return [
+            self.batch,
+            [[call.inputs, call.outputs] for call in self.calls],
+            [[j.y_true, j.y_pred, j.sample_weight, j.value] for j in self.judged],
+            [a.gradients for a in applied],
+            self.regularization,
+        ]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -18,10 +18,7 @@ def check(facts: Facts) -> Iterator[Finding]:
     """See what Dropout drops and whether BatchNorm learns its statistics."""
     import keras
 
-    look = facts.first.look
-    if look is None:
-        return
-    told = set()
+    look, told = facts.first.look, set()
     for call in facts.first.probe.calls:
         layer = call.layer
         if id(layer) in told:
@@ -36,7 +33,7 @@ def check(facts: Facts) -> Iterator[Finding]:
                 "Call the model with training=True in the train step.",
                 {"rate": layer.rate, "values": int(np.prod(call.inputs[0].shape))},
             )
-        if isinstance(layer, keras.layers.BatchNormalization):
+        if look is not None and isinstance(layer, keras.layers.BatchNormalization):
             frozen = not layer.trainable
             if not frozen and layer.moving_mean.path not in look.others:
                 told.add(id(layer))
