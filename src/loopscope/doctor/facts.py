@@ -56,6 +56,9 @@ class Tested:
     changes: Mapping[str, Change]
 
 
+MOMENTS = ("the first step", "a step shortly after the first")
+
+
 class Facts:
     """Measurements of a loop on its data.
 
@@ -65,6 +68,9 @@ class Facts:
         gear: In which training runs; `None` while none is chosen.
         validation: The source of the validation data, if there are any.
     """
+
+    moments: tuple[str, ...] = MOMENTS
+    """When the steps of `looks` were looked into, in words."""
 
     def __init__(
         self,

@@ -108,18 +108,25 @@ class FirstChunk:
     def _examine(self, segment: Segment, step_s: float) -> None:
         began = time.perf_counter()
         self._runner.stages["train"].examined = True
-        glance = Glance(
-            self._runner,
-            self._source,
-            segment,
-            gear=self._gear(),
-            until=began + BUDGET_S,
-            step_s=step_s,
-        )
-        with _set_aside():
-            found, made = glance.findings()
+        found: list[Finding] = []
+        made: tuple[str, ...] = ()
+        try:
+            glance = Glance(
+                self._runner,
+                self._source,
+                segment,
+                gear=self._gear(),
+                until=began + BUDGET_S,
+                step_s=step_s,
+            )
+            with _set_aside():
+                found, made = glance.findings()
+            why_not = glance.why_not
+        except Exception as error:
+            # Whatever goes wrong with looking, training goes on.
+            why_not = f"{type(error).__name__}: {error}"
         wall_s = time.perf_counter() - began
-        self._tell(Diagnosed(tuple(found), made, glance.why_not, wall_s))
+        self._tell(Diagnosed(tuple(found), made, why_not, wall_s))
         for finding in found:
             if finding.severity == "error" and finding.where not in self._said():
                 # As far up as the call of `fit`.
@@ -144,6 +151,8 @@ class Glance(Facts):
         until: When to end, in the seconds of `time.perf_counter`.
         step_s: What a step takes in that gear.
     """
+
+    moments = ("a step of the first chunk",)
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from loopscope import backend as backends
 from loopscope.discover import Found
 from loopscope.doctor.checks import ALL
 from loopscope.doctor.examine import Examination, examine
-from loopscope.doctor.facts import Seen
+from loopscope.doctor.facts import MOMENTS, Seen
 from loopscope.doctor.finding import Finding
 from loopscope.doctor.measuring import eager_and_compiled
 from loopscope.errors import ExperimentError
@@ -285,6 +285,7 @@ class ScriptFacts:
     """What a script has shown, as the checks ask for it."""
 
     own = True
+    moments = MOMENTS
     validation = None
     tested = None
 

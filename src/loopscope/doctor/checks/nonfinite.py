@@ -17,7 +17,7 @@ def check(facts: Facts) -> Iterator[Finding]:
         first = look.first_nonfinite
         if first is None or _skipped(facts, look):
             continue
-        when = "the first step" if not number else "a step shortly after the first"
+        when = facts.moments[number]
         yield Finding(
             "nonfinite",
             "error",
