@@ -84,7 +84,8 @@ def executed(
     executable = runner.executable("train")
 
     def told(*batch: Any) -> Any:
-        probe.batch = batch
+        # Where it is told once more, operation by operation, the first time counts.
+        probe.batch = probe.batch or batch
         return executable(*batch)
 
     backend = runner.backend
