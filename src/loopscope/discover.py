@@ -91,9 +91,9 @@ def _children(value: Any, names: set[str]) -> Iterator[Any]:
         yield value.__func__
         yield value.__self__
     elif isinstance(value, FunctionType):
-        if _is_foreign(value.__module__):
+        if is_foreign(value.__module__):
             return
-        for code in _codes(value.__code__):
+        for code in codes(value.__code__):
             names.update(code.co_names)
             for name in code.co_names:
                 if name in value.__globals__:
@@ -111,18 +111,18 @@ def _is_users_object(value: Any) -> bool:
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         return False
     # A subclass of Loop is the user's, and its attributes are part of its steps.
-    return not _is_foreign(type(value).__module__)
+    return not is_foreign(type(value).__module__)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
     """This code object and those of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
-def _is_foreign(module: str | None) -> bool:
+def is_foreign(module: str | None) -> bool:
     """Whether a module is a package's rather than the user's or ours."""
     root = (module or "").partition(".")[0]
     return root in _FOREIGN

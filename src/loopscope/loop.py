@@ -22,7 +22,7 @@ import numpy as np
 
 from loopscope import backend as backends
 from loopscope import checks, keras_methods, step
-from loopscope.checks import build
+from loopscope.checks import build, build_quietly
 from loopscope.choose import choose
 from loopscope.compare import (
     GearReport,
@@ -1083,6 +1083,8 @@ class Loop:
         """`doctor`, for sources that are there already."""
         self._stage("train")
         stage = self._runner.stages["train"]
+        if isinstance(stage.step, step.ModelStep):
+            build_quietly(self.model, source.specs, "train")
         if not stage.own:
             build(self.model, source.specs, "train")
         with warnings.catch_warnings():
@@ -1092,7 +1094,13 @@ class Loop:
                 with contextlib.suppress(UsageError):
                     self._stage("test")
                     self.settle("test", validation.specs)
-        facts = Facts(self._runner, source, gear=self._gear, validation=validation)
+        facts = Facts(
+            self._runner,
+            source,
+            gear=self._gear,
+            asked=self.choice is None,
+            validation=validation,
+        )
         return examine(facts, checks, progress=progress)
 
     def show(self, callbacks: Any = None) -> None:

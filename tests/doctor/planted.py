@@ -1,6 +1,7 @@
 """Bugs to be found: each planted in a dense, a convolutional and a recurrent model."""
 
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -11,7 +12,7 @@ from keras import layers, ops
 
 import loopscope
 from loopscope import Loop
-from models import FUSED, STEP, classes, numbers
+from models import FUSED, STEP, Batches, classes, numbers
 
 ROWS = 128
 LOGITS = keras.losses.SparseCategoricalCrossentropy
@@ -366,3 +367,186 @@ def validation_data_from_the_training_data(f):
         y,
         {"validation_data": (x[:32], y[:32])},
     )
+
+
+def pipeline(f, rows=ROWS):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((f.x(rows), f.y(rows)))
+
+
+@bug("order")
+def a_small_shuffle_buffer(f):
+    data = pipeline(f).shuffle(16, seed=0).batch(32)
+    return built_in(f.model(layers.Dense(3))), (data,)
+
+
+@bug("order")
+def shuffled_batches(f):
+    data = pipeline(f).batch(32).shuffle(4, seed=0)
+    return built_in(f.model(layers.Dense(3))), (data,)
+
+
+class Slow(Batches):
+    """Batches that take a while to come."""
+
+    def __iter__(self):
+        for batch in self.batches:
+            time.sleep(0.06)
+            yield batch
+
+
+@bug("waiting")
+def batches_that_come_slowly(f):
+    batches = Slow((f.x(16), f.y(16)) for _ in range(6))
+    return built_in(f.model(layers.Dense(3)), gear=STEP), (batches,)
+
+
+@bug("uncompiled")
+def a_step_that_runs_eagerly(f):
+    return built_in(f.model(layers.Dense(3)), gear="eager"), (f.x(), f.y())
+
+
+@bug("compiling")
+def convolutions_in_a_compiled_loop(f):
+    # TensorFlow's XLA refuses an LSTM in a loop: without the body of the family.
+    model = keras.Sequential(
+        [
+            keras.Input(f.shape),
+            layers.Flatten(),
+            layers.Dense(16 * 16 * 4),
+            layers.Reshape((16, 16, 4)),
+            layers.Conv2D(16, 3),
+            layers.Conv2D(16, 3),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3),
+        ]
+    )
+    return built_in(model, gear="fused-xla"), (f.x(64), f.y(64))
+
+
+@bug("retracing")
+def batches_of_ever_new_shapes(f):
+    batches = [(f.x(rows), f.y(rows)) for rows in range(8, 22)]
+    return built_in(f.model(layers.Dense(3)), gear="xla"), (batches,)
+
+
+def written(f, compute_loss, *, gear=STEP, after=lambda loss, outputs: None):
+    """A loop whose step takes its loss from a function of model, x and y."""
+    model, optimizer = f.model(layers.Dense(1)), keras.optimizers.Adam(1e-3)
+    loop = Loop(model, gear=gear, seed=0)
+
+    @loop.train_step
+    def train_step(x, y):
+        (loss, outputs), grads = loopscope.value_and_grad(
+            lambda: compute_loss(model, x, y), model.trainable_variables, has_aux=True
+        )
+        optimizer.apply(grads, model.trainable_variables)
+        after(loss, outputs)
+        return loss
+
+    return loop, (f.x(), numbers(ROWS, 1))
+
+
+def plain_loss(model, x, y):
+    outputs = model(x, training=True)
+    return mean_square(y, outputs), outputs
+
+
+@bug("side_effects")
+def a_counter_in_python(f):
+    count = 0
+
+    def compute_loss(model, x, y):
+        nonlocal count
+        count += 1
+        loss, outputs = plain_loss(model, x, y)
+        return loss * min(1.0, count / 100), outputs
+
+    return written(f, compute_loss)
+
+
+@bug("side_effects")
+def noise_from_numpy(f):
+    rng = np.random.default_rng(0)
+
+    def compute_loss(model, x, y):
+        noise = rng.normal(size=tuple(x.shape)).astype("float32")
+        return plain_loss(model, x + 0.1 * noise, y)
+
+    return written(f, compute_loss)
+
+
+@bug("side_effects")
+def a_learning_rate_that_is_a_number(f):
+    rate = 0.01
+    model = f.model(layers.Dense(1))
+    loop = Loop(model, gear=STEP, seed=0)
+
+    @loop.train_step
+    def train_step(x, y):
+        variables = model.trainable_variables
+        loss, grads = loopscope.value_and_grad(
+            lambda: plain_loss(model, x, y)[0], variables
+        )
+        for variable, grad in zip(variables, grads, strict=True):
+            variable.assign_sub(rate * grad)
+        return loss
+
+    def train(x, y):
+        nonlocal rate
+        for epoch in loop.epochs(3):
+            epoch.train(loop.source(x, y))
+            rate *= 0.5
+
+    loop.training = train
+    return loop, (f.x(), numbers(ROWS, 1))
+
+
+@bug("side_effects")
+def numbers_that_are_printed(f):
+    def after(loss, outputs):
+        print(loss)
+
+    return written(f, plain_loss, after=after)
+
+
+@bug("memory")
+def outputs_that_are_kept(f):
+    kept = []
+
+    def compute_loss(model, x, y):
+        loss, outputs = plain_loss(model, x, y)
+        kept.append(x * outputs[0, 0])
+        return loss, outputs
+
+    return written(f, compute_loss, gear="eager")
+
+
+@bug("dropped_state")
+def statistics_that_are_dropped(f):
+    model = f.model(layers.BatchNormalization(), layers.Dense(1))
+
+    def call(x, training):
+        states = model.trainable_variables, model.non_trainable_variables
+        values = [[v.value for v in state] for state in states]
+        outputs, _ = model.stateless_call(*values, x, training=training)
+        return outputs
+
+    return own(model, call=call), (f.x(), numbers(ROWS, 1))
+
+
+@bug("overfit")
+def gradients_of_the_wrong_sign(f):
+    model, optimizer = f.model(layers.Dense(1)), keras.optimizers.Adam(1e-3)
+    loop = Loop(model, gear=STEP, seed=0)
+
+    @loop.train_step
+    def train_step(x, y):
+        loss, grads = loopscope.value_and_grad(
+            lambda: mean_square(y, model(x, training=True)), model.trainable_variables
+        )
+        optimizer.apply([-grad for grad in grads], model.trainable_variables)
+        return loss
+
+    return loop, (f.x(), numbers(ROWS, 1))

@@ -18,8 +18,18 @@ def examined(name, family):
     return loop.doctor(*arrays, **options)
 
 
+MEASURED = list(ALL)[list(ALL).index("dropped_state") :]
+"""Checks that run and compile more; in the quick suite they are seen by their pages."""
+
+
+def quick_names():
+    later = [n for n, (check, _) in BUGS.items() if check in MEASURED]
+    slow = [pytest.param(name, id=name, marks=pytest.mark.slow) for name in later]
+    return [*thinned([n for n in BUGS if n not in later], 3), *slow]
+
+
 # The dense ones in the quick suite; docs/doctor-results.md has all, on both backends.
-@pytest.mark.parametrize("name", thinned(BUGS, 3))
+@pytest.mark.parametrize("name", quick_names())
 @pytest.mark.parametrize(
     "family",
     [

@@ -225,6 +225,10 @@ class Backend(Protocol):
         """
         ...
 
+    def live_bytes(self) -> int:
+        """Bytes of all arrays that are alive. Looks through all objects: slow."""
+        ...
+
     def trace(
         self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
     ) -> Trace:

@@ -128,6 +128,9 @@ class JaxBackend:
     def same(self, a: Any, b: Any) -> bool:
         return a is b  # Arrays are immutable.
 
+    def live_bytes(self) -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
     def trace(
         self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
     ) -> Trace:

@@ -8,6 +8,7 @@ again for every new (start, stop) under XLA.
 
 from __future__ import annotations
 
+import gc
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from loopscope.backend.base import (
     due_at,
     no_gradient,
 )
+from loopscope.data.adapters import out_of_order
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GRAPH, XLA, Gear
@@ -149,6 +151,10 @@ class TensorFlowBackend:
         # Both are alive, so one address is one buffer.
         return _address(a) == _address(b)
 
+    def live_bytes(self) -> int:
+        alive = (t for t in gc.get_objects() if type(t).__name__ == "EagerTensor")
+        return sum(t.shape.num_elements() * t.dtype.size for t in alive)
+
     def trace(
         self, step: Step, batch: tuple[Tree, ...], known: Callable[[], Sequence[Any]]
     ) -> Trace:
@@ -236,11 +242,12 @@ class TensorFlowBackend:
     def scripted(self, audience: Audience) -> Iterator[None]:
         def shuffle(dataset: Any, buffer_size: Any, *rest: Any, **named: Any) -> Any:
             parts = [type(part).__name__ for part in _pipeline(dataset)]
-            audience.shuffled(
-                int(buffer_size),
-                int(dataset.cardinality()),
-                any("Batch" in name for name in parts),
-            )
+            if not out_of_order(dataset):
+                audience.shuffled(
+                    int(buffer_size),
+                    int(dataset.cardinality()),
+                    any("Batch" in name for name in parts),
+                )
             return real_shuffle(dataset, buffer_size, *rest, **named)
 
         def function(func: Any = None, *rest: Any, **named: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loopscope.errors import DataError
@@ -213,6 +214,70 @@ def random_order(data: Any) -> str | None:
             "`generator=torch.Generator().manual_seed(0)`"
         )
     return None
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """A part of a pipeline that shuffles.
+
+    Attributes:
+        buffer: How many elements it holds.
+        size: How many it is given; negative where that is not known.
+        of_batches: Whether its elements are batches, rather than examples.
+        where: Its place, in words.
+    """
+
+    buffer: int
+    size: int
+    of_batches: bool
+    where: str = "the data pipeline"
+
+
+def shuffles(data: Any) -> list[Shuffled]:
+    """The shuffles of a tf.data pipeline, from the last to the first.
+
+    None where the data were shuffled as a whole before.
+    """
+    data = data.data if isinstance(data, Adapted) else data
+    parts = list(_pipeline(data))
+    if out_of_order(data):
+        return []
+    found, batches = [], 0
+    for at, part in enumerate(parts):
+        batches += "Batch" in type(part).__name__
+        if type(part).__name__ != "_ShuffleDataset":
+            continue
+        before = any("Batch" in type(p).__name__ for p in parts[at:])
+        # Sequences are cut with `.batch`, shuffled, and batched.
+        found.append(
+            Shuffled(
+                int(part._buffer_size),
+                int(part._input_dataset.cardinality()),
+                before and not batches,
+            )
+        )
+    return found
+
+
+def out_of_order(data: Any) -> bool:
+    """Whether a tf.data pipeline begins with names or places that are in no order.
+
+    Keras's utilities shuffle them as a whole, once, and what is read with a buffer.
+    """
+    for part in _pipeline(data):
+        for tensor in getattr(part, "_tensors", ()):
+            places = type(part).__name__ == "_TensorDataset" and tensor.dtype.is_integer
+            if len(tensor.shape) == 1 and (places or tensor.dtype.name == "string"):
+                few = list(tensor.numpy()[:1000])
+                if few != sorted(few):
+                    return True
+    return False
+
+
+def caches(data: Any) -> bool:
+    """Whether a tf.data pipeline remembers what was slow to make."""
+    data = data.data if isinstance(data, Adapted) else data
+    return any("Cache" in type(part).__name__ for part in _pipeline(data))
 
 
 def _pipeline(data: Any) -> Iterator[Any]:

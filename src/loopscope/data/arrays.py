@@ -7,11 +7,14 @@ batches on the host and streams them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
 
+from loopscope.data.adapters import Shuffled
 from loopscope.data.feed import Feed, Segment, Spec, placed
 from loopscope.data.order import permutation
 from loopscope.data.stream import StreamPass, ran_dry
@@ -96,6 +99,21 @@ class ArraySource:
     def inexact(self) -> str | None:
         """Nothing stands in the way: the order depends on (seed, epoch) alone."""
         return None
+
+    def fetch_s(self) -> float | None:
+        """Seconds that a batch takes to come; `None` of arrays on the device."""
+        if self.resident or self._all_steps < 2:
+            return None
+        times, batches = [], self._host_batches(0, 0, min(8, self._all_steps))
+        for _ in range(min(8, self._all_steps)):
+            began = time.perf_counter()
+            next(batches)
+            times.append(time.perf_counter() - began)
+        return median(times[1:])
+
+    def shuffles(self) -> Sequence[Shuffled]:
+        """None: all rows are drawn from."""
+        return ()
 
     def replay(self, passes: Sequence[tuple[int, int]]) -> None:
         """Nothing to do: any position is reached at once."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from loopscope.data.adapters import Batches, adapted, is_sparse_or_ragged
+from loopscope.data.adapters import Batches, Shuffled, adapted, is_sparse_or_ragged
 from loopscope.data.arrays import ArraySource
 from loopscope.data.feed import Segment
 from loopscope.data.stream import StreamSource, as_batch
@@ -62,6 +62,14 @@ class Source(Protocol):
 
     def inexact(self) -> str | None:
         """Why the same data cannot be had again in another process, if so."""
+        ...
+
+    def fetch_s(self) -> float | None:
+        """Seconds that a batch takes to come; `None` where all are there."""
+        ...
+
+    def shuffles(self) -> Sequence[Shuffled]:
+        """What shuffles in the data, as far as they show it."""
         ...
 
     def open(self, epoch: int, start: int = 0) -> Pass:

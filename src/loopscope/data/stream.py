@@ -16,11 +16,20 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-from loopscope.data.adapters import Batches, Plain, is_pure, random_order
+from loopscope.data.adapters import (
+    Batches,
+    Plain,
+    Shuffled,
+    caches,
+    is_pure,
+    random_order,
+    shuffles,
+)
 from loopscope.data.feed import Feed, Native, NativeSpec, Segment, Spec, placed
 from loopscope.errors import DataError
 
@@ -70,6 +79,8 @@ class StreamPass:
         self._allowed, self._may_read = allowed, threading.Condition()
         self._current: Segment | None = None
         self._ended = False
+        self.fetched_s: list[float] = []
+        """What each of the first batches took to come."""
         self._thread = threading.Thread(
             target=self._collect, args=(batches,), name="loopscope-data", daemon=True
         )
@@ -168,10 +179,13 @@ class StreamPass:
                     hand_on()
                 if not self._wait_for_leave(count):
                     return
+                began = time.perf_counter()
                 raw = next(batches, _END)
                 if raw is _END:
                     break
                 batch = self._read(raw)
+                if count < CHUNK_STEPS:
+                    self.fetched_s.append(time.perf_counter() - began)
                 if count % MARK_EVERY == 0:
                     self._mark(count, batch)
                 count += 1
@@ -337,6 +351,20 @@ class StreamSource:
     def inexact(self) -> str | None:
         """Why the same batches cannot be had again in another process, if so."""
         return random_order(self._given)
+
+    def fetch_s(self) -> float | None:
+        """Seconds that a batch takes to come; `None` while hardly any has."""
+        if self._open is None or caches(self._given):
+            return None  # The first epoch is not like the others.
+        first = self._open.peek()
+        # Until the first chunk was there, nobody else was at work.
+        count = max(4, first.stop if first is not None else 0)
+        times = self._open.fetched_s[1:count]
+        return median(times) if len(times) > 1 else None
+
+    def shuffles(self) -> Sequence[Shuffled]:
+        """What shuffles in the data, as far as they show it."""
+        return shuffles(self._given)
 
     def replay(self, passes: Sequence[tuple[int, int]]) -> None:
         """Read these passes, (epoch, steps) each, as training has; drop the batches.

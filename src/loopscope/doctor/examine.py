@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loopscope.doctor.checks import ALL
+from loopscope.doctor.checks import ALL, LAST
 from loopscope.doctor.facts import Facts
 from loopscope.doctor.finding import Finding
 from loopscope.errors import UsageError
@@ -78,6 +78,8 @@ def examine(
     seconds, failed = {}, {}
     for name, check in ALL.items():
         if checks is not None and name not in checks:
+            continue
+        if name in LAST and findings and checks is None:
             continue
         progress(name)
         began = time.perf_counter()

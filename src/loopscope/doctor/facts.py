@@ -5,10 +5,14 @@ Every measurement sets the state back to where it was.
 
 from __future__ import annotations
 
+import gc
+import io
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -17,6 +21,8 @@ import numpy as np
 
 from loopscope.data.feed import Feed, Segment
 from loopscope.data.source import Source
+from loopscope.doctor import stateless, surroundings
+from loopscope.doctor.measuring import Pace, pace
 from loopscope.gear import EAGER, Gear
 from loopscope.look.opened import Change, OpenedStep
 from loopscope.look.opening import executed, open_step, probe_of
@@ -33,14 +39,35 @@ HASHED_BYTES = 2**31
 SETTLING = 10
 """Steps that are trained before a step is looked into for the second time."""
 
+MOST_BATCHES, MOST_S = 64, 2.0
+"""So many batches are read for their shapes, in so many seconds at most."""
+
+STEADY = 5
+"""Batches of one shape in a row: then not each one has a shape of its own."""
+
+GROWING = 4
+"""Steps over which growth is measured, twice."""
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A step that was executed under a probe; `look` is `None` if it has raised."""
+    """A step that was executed under a probe; `look` is `None` if it has raised.
+
+    Attributes:
+        look: The step, opened up.
+        probe: With its notes.
+        error: What it has raised.
+        changed: What the step has changed in Python, by name; of own steps only.
+        printed: What it has printed; of own steps only.
+        computed: What Keras's stateless methods have returned.
+    """
 
     look: OpenedStep | None
     probe: Probe
     error: Exception | None = None
+    changed: Mapping[str, surroundings.Change] = field(default_factory=dict)
+    printed: str = ""
+    computed: Sequence[stateless.Computed] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +86,28 @@ class Tested:
 MOMENTS = ("the first step", "a step shortly after the first")
 
 
+@dataclass
+class Watched:
+    """What steps have done beside their arithmetic."""
+
+    changed: Mapping[str, surroundings.Change] = field(default_factory=dict)
+    printed: str = ""
+
+
+class _Overheard(io.TextIOBase):
+    """Passes on what is printed, and remembers it."""
+
+    def __init__(self, out: Any) -> None:
+        self._out, self.heard = out, ""
+
+    def write(self, text: str) -> int:
+        self.heard += text
+        return int(self._out.write(text))
+
+    def flush(self) -> None:
+        self._out.flush()
+
+
 class Facts:
     """Measurements of a loop on its data.
 
@@ -66,6 +115,7 @@ class Facts:
         runner: Has the train step, and the test step if there is one.
         source: Of the training data; some of its batches are sampled.
         gear: In which training runs; `None` while none is chosen.
+        asked: Whether the user asked for this gear.
         validation: The source of the validation data, if there are any.
     """
 
@@ -78,12 +128,15 @@ class Facts:
         source: Source,
         *,
         gear: Gear | None,
+        asked: bool = False,
         validation: Source | None = None,
     ) -> None:
         self.runner, self.source, self.validation = runner, source, validation
         self.gear, self.backend, self.model = gear, runner.backend, runner.model
+        self.asked = asked and gear is not None
         self.own = runner.stages["train"].own
         """Whether the train step is the user's."""
+        self._paces: dict[str, Pace] = {}
 
     @cached_property
     def segment(self) -> Segment:
@@ -117,13 +170,33 @@ class Facts:
     def _look(self, segment: Segment) -> Seen:
         probe = self._probe()
         try:
-            with self._kept():
+            with self._kept(), stateless.noted() as computed, self.watched() as watched:
                 look = open_step(
                     self.runner, segment, step=0, gear=self.gear, probe=probe
                 )
         except Exception as error:
             return Seen(None, probe, error)
-        return Seen(look, probe)
+        return Seen(
+            look,
+            probe,
+            changed=watched.changed,
+            printed=watched.printed,
+            computed=computed,
+        )
+
+    @contextmanager
+    def watched(self) -> Iterator[Watched]:
+        """See what an own step changes in Python, and prints, within a block."""
+        watched = Watched()
+        if not self.own:
+            yield watched
+            return
+        step = self.runner.stages["train"].step
+        before, told = surroundings.surroundings(step), _Overheard(sys.stdout)
+        with redirect_stdout(told):
+            yield watched
+        watched.changed = surroundings.changes(before, surroundings.surroundings(step))
+        watched.printed = told.heard
 
     @cached_property
     def looks(self) -> list[OpenedStep]:
@@ -138,9 +211,98 @@ class Facts:
         return [judged for s in seen.values() for judged in s.probe.judged]
 
     @cached_property
+    def scales_loss(self) -> bool:
+        """Whether a `LossScaleOptimizer` applies the gradients."""
+        return scales_loss(self.model, self.first, self.settled)
+
+    @cached_property
     def batches(self) -> list[tuple[Any, ...]]:
         """Some batches on the host, each a tuple (x, y, ...) of trees."""
         return list(batches(self.runner, self.segment, BATCHES))
+
+    @cached_property
+    def eager(self) -> bool:
+        """Whether training runs eagerly: asked for, or since nothing else can be."""
+        if self.gear is None:
+            return not self.runner.stages["train"].traces
+        return self.gear == EAGER
+
+    @property
+    def trained(self) -> Gear:
+        """The gear of the training; while none is chosen, the first one tried."""
+        return EAGER if self.eager else self.gear or self.backend.gears[0]
+
+    @property
+    def ready(self) -> Gear:
+        """A gear for which nothing has to be compiled."""
+        return self.gear or EAGER
+
+    def pace(self, gear: Gear) -> Pace | None:
+        """What a step takes in a gear, which may have to be compiled; or none runs."""
+        if gear.name not in self._paces:
+            try:
+                with self._kept():
+                    self._paces[gear.name] = pace(self.runner, gear, self.segment)
+            except Exception:
+                return None
+        return self._paces[gear.name]
+
+    @cached_property
+    def fetch_s(self) -> float | None:
+        """Seconds that a batch takes to come; `None` where all are there."""
+        self.segment.steps  # noqa: B018 - some have to have come
+        return self.source.fetch_s()
+
+    @cached_property
+    def compiled(self) -> Watched:
+        """What two compiled steps change in Python, after one that was traced."""
+        segment = self.segment
+        last = min(segment.stop - 1, segment.start + 1)
+        parts = [Segment(segment.feed, at, at + 1) for at in (segment.start, last)]
+        with self._kept():
+            self.runner.run("train", self.trained, parts[0])
+            with self.watched() as watched:
+                for part in parts:
+                    self.runner.run("train", self.trained, part)
+            self.runner.finished = 0
+        return watched
+
+    @cached_property
+    def growth(self) -> float:
+        """Bytes of arrays that each eager step leaves behind."""
+        segment = self.segment
+
+        def run(steps: int) -> int:
+            for i in range(steps):
+                at = segment.start + i % segment.steps
+                self.runner.run("train", EAGER, Segment(segment.feed, at, at + 1))
+            self.runner.finished = 0
+            gc.collect()
+            return self.backend.live_bytes()
+
+        with self._kept():
+            began, middle, end = run(2), run(GROWING), run(GROWING)
+        return max(0.0, min(middle - began, end - middle) / GROWING)
+
+    @cached_property
+    def shapes(self) -> list[Segment]:
+        """Next batches, where not all have one shape. Reads on; nothing comes after."""
+        wait, found = self.fetch_s, []
+        arrays = getattr(self.source, "arrays", None) is not None
+        if arrays or wait is None or self.segment.steps >= STEADY:
+            return []
+        count, began = 0, time.perf_counter()
+        data = self.source.open(0)
+        try:
+            while count < MOST_BATCHES and time.perf_counter() - began < MOST_S:
+                segment = data.take(1)
+                if segment is None:
+                    break
+                found.append(segment)
+                count += segment.steps
+        finally:
+            data.close()
+        return found
 
     @cached_property
     def tested(self) -> Tested | None:
@@ -218,6 +380,17 @@ class Facts:
         with self.runner.state.kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+
+
+def scales_loss(model: Any, *seen: Seen) -> bool:
+    """Whether the optimizer of a model, or of these steps, scales the loss."""
+    import keras
+
+    used = [a.optimizer for one in seen for a in one.probe.applied]
+    return any(
+        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        for optimizer in (getattr(model, "optimizer", None), *used)
+    )
 
 
 def batches(runner: Runner, segment: Segment, count: int) -> Iterator[tuple[Any, ...]]:

@@ -1,8 +1,9 @@
-"""What compiling a step would bring: measured on a step of the same parts."""
+"""What a step takes in a gear, and what compiling it would bring."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from loopscope import backend as backends
@@ -10,11 +11,53 @@ from loopscope.data.feed import Segment
 from loopscope.data.source import as_source
 from loopscope.gear import EAGER, Gear
 from loopscope.look.probe import Probe
-from loopscope.runner import Runner
+from loopscope.runner import Done, Runner
 from loopscope.step import value_and_grad
 
 ROUNDS = 5
-"""Steps of each, of which the quickest counts."""
+"""Times that a gear is measured, of which the quickest counts."""
+
+CHUNK = 16
+"""Steps of each time, in a gear that runs many to a call."""
+
+ENOUGH_S = 0.5
+"""After so long a gear is not measured once more."""
+
+PAYS = 2.0
+"""So many times as fast, another gear is worth a word."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a step takes in a gear: seconds.
+
+    Attributes:
+        step_s: The quickest of some.
+        compile_s: The first one, less that; `None` where it had been made before.
+    """
+
+    step_s: float
+    compile_s: float | None
+
+
+def pace(runner: Runner, gear: Gear, segment: Segment) -> Pace:
+    """Run a gear's first steps some times. The state moves on."""
+    began = time.perf_counter()
+
+    def run(steps: int) -> Done:
+        part = Segment(segment.feed, segment.start, segment.start + steps)
+        return runner.run("train", gear, part)
+
+    first, step_s = run(1), run(1).wall_s
+    brief = step_s * CHUNK < ENOUGH_S / ROUNDS
+    steps = min(segment.steps, CHUNK) if gear.fused and brief else 1
+    for _ in range(ROUNDS):
+        step_s = min(step_s, run(steps).wall_s / steps)
+        if time.perf_counter() - began > ENOUGH_S:
+            break
+    runner.finished = 0
+    compiled = [c.wall_s for c in first.compiled]
+    return Pace(step_s, max(0.0, sum(compiled) - step_s) if compiled else None)
 
 
 def eager_and_compiled(
@@ -47,19 +90,9 @@ def eager_and_compiled(
         segment = source.sample()
         runner.trace("train", source.specs)
         with runner.state.kept():
-            eager_s = _quickest(runner, EAGER, segment)
-            return eager_s, _quickest(runner, backend.gears[0], segment)
+            eager_s = pace(runner, EAGER, segment).step_s
+            return eager_s, pace(runner, backend.gears[0], segment).step_s
     except Exception:
         return 0.0, None
     finally:
         source.close()
-
-
-def _quickest(runner: Runner, gear: Gear, segment: Segment) -> float:
-    seconds = []
-    for _ in range(ROUNDS + 1):  # The first one compiles.
-        began = time.perf_counter()
-        runner.run("train", gear, Segment(segment.feed, 0, 1))
-        seconds.append(time.perf_counter() - began)
-    runner.finished = 0
-    return min(seconds[1:])

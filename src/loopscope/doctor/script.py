@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from loopscope import backend as backends
+from loopscope.data.adapters import Shuffled
 from loopscope.discover import Found
 from loopscope.doctor.checks import ALL
 from loopscope.doctor.examine import Examination, examine
-from loopscope.doctor.facts import MOMENTS, Seen
+from loopscope.doctor.facts import MOMENTS, Seen, scales_loss
 from loopscope.doctor.finding import Finding
-from loopscope.doctor.measuring import eager_and_compiled
+from loopscope.doctor.measuring import PAYS, eager_and_compiled
 from loopscope.errors import ExperimentError
 from loopscope.look.opened import OpenedStep
 from loopscope.look.probe import Call, Judged, Probe
@@ -33,15 +34,25 @@ from loopscope.look.seen import Seen as SeenStep
 STEPS = 30
 """So many steps of a script are watched, if nothing else is asked for."""
 
-SLOWER = 2.0
-"""So many times slower than compiled, an eager step is worth a word."""
-
-BUFFER = 0.5
-"""Of the examples that a shuffle buffer has to hold."""
-
 BY_LOSS = ("labels", "from_logits", "saturation", "broadcast", "regularization")
 BY_MODEL = ("inputs", "training_flag", "dead_units", "order")
 """Which line of the script a finding is about; any other is about the optimizer."""
+
+
+OF_LOOPS = (
+    "compiling",
+    "dropped_state",
+    "memory",
+    "overfit",
+    "overlap",
+    "resuming",
+    "retracing",
+    "side_effects",
+    "test_step",
+    "uncompiled",
+    "waiting",
+)
+"""Checks that need a step that can be run again, or the data as a whole."""
 
 
 class Enough(BaseException):
@@ -56,16 +67,6 @@ class Step:
     look: OpenedStep | None
     batch: tuple[Any, ...]
     lines: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """A call of a pipeline's shuffle: its buffer, what it shuffles, and where."""
-
-    buffer: int
-    size: int
-    after_batch: bool
-    line: int | None
 
 
 class Watching(Probe):
@@ -94,7 +95,9 @@ class Watching(Probe):
 
     def shuffled(self, buffer: int, size: int, after_batch: bool) -> None:
         """A pipeline is shuffled; `size` is negative where it is not known."""
-        self.shuffles.append(Shuffled(buffer, size, after_batch, self._line()))
+        line = self._line()
+        where = f"{Path(self._script).name}:{line}" if line else "the data pipeline"
+        self.shuffles.append(Shuffled(buffer, size, after_batch, where))
 
     def made(self, name: str) -> None:
         """A function is to be compiled."""
@@ -293,7 +296,10 @@ class ScriptFacts:
         self._steps = watched.steps
         self.model, self.backend = watched.model, backends.current()
         self.source = SimpleNamespace(
-            inexact=lambda: None, examples=lambda *_: None, steps=None
+            inexact=lambda: None,
+            examples=lambda *_: None,
+            shuffles=lambda: watched.shuffles,
+            steps=None,
         )
         self.first = self._seen(self._steps[0])
         # By then what holds at the start only is over.
@@ -308,6 +314,11 @@ class ScriptFacts:
     def judged(self) -> list[Judged]:
         """As `Facts.judged`."""
         return [*self.first.probe.judged, *self.settled.probe.judged]
+
+    @property
+    def scales_loss(self) -> bool:
+        """As `Facts.scales_loss`."""
+        return scales_loss(self.model, self.first, self.settled)
 
     @property
     def batches(self) -> list[tuple[Any, ...]]:
@@ -376,11 +387,11 @@ def examine_script(
             "no loop to look at."
         )
     # A script has no source that could be asked, and no test step of its own.
-    checks = [n for n in ALL if n not in ("resuming", "overlap", "test_step")]
+    checks = [n for n in ALL if n not in OF_LOOPS]
     found = examine(ScriptFacts(watched), checks)  # type: ignore[arg-type]
     lines = watched.steps[0].lines
     named = [_with_line(f, path, lines) for f in found.findings]
-    own = [*_of_pipelines(watched, path), *_of_functions(watched, path)]
+    own = _of_functions(watched, path)
     failed = dict(found.failed)
     if raised is not None and watched.steps[-1].look is None:
         failed["script"] = f"{type(raised).__name__}: {raised}"
@@ -397,33 +408,9 @@ def _with_line(found: Finding, path: Path, lines: Mapping[str, int]) -> Finding:
         else "optimizer"
     )
     line = lines.get(what)
-    if line is None:
+    if line is None or found.where.startswith(f"{path.name}:"):
         return found
     return replace(found, where=f"{path.name}:{line}, {found.where}")
-
-
-def _of_pipelines(watched: Watching, path: Path) -> Iterator[Finding]:
-    for call in watched.shuffles:
-        where = f"{path.name}:{call.line}" if call.line else "the data pipeline"
-        if call.after_batch:
-            yield Finding(
-                "order",
-                "warning",
-                "Batches are shuffled, not examples: the same examples stay together",
-                where,
-                "Shuffle before .batch().",
-                {"buffer": call.buffer},
-            )
-        elif 0 < call.buffer < BUFFER * call.size:
-            yield Finding(
-                "order",
-                "warning",
-                f"The shuffle buffer holds {call.buffer:,} of {call.size:,} examples: "
-                "those far apart in the data never meet",
-                where,
-                f"Use shuffle({call.size}), or shuffle the arrays once before.",
-                {"buffer": call.buffer, "examples": call.size},
-            )
 
 
 def _of_functions(watched: Watching, path: Path) -> Iterator[Finding]:
@@ -443,7 +430,7 @@ def _of_functions(watched: Watching, path: Path) -> Iterator[Finding]:
     first = watched.steps[0]
     eager_s, compiled_s = eager_and_compiled(watched.model, first.probe, first.batch)
     line = first.lines.get("optimizer")
-    if compiled_s is not None and eager_s > SLOWER * compiled_s:
+    if compiled_s is not None and eager_s > PAYS * compiled_s:
         yield Finding(
             "uncompiled",
             "warning",

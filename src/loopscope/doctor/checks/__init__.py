@@ -7,23 +7,31 @@ from dataclasses import dataclass
 
 from loopscope.doctor.checks import (
     broadcast,
+    compiling,
     dead_units,
+    dropped_state,
     float16,
     from_logits,
     gradient_sizes,
     inputs,
     labels,
+    memory,
     metrics_twice,
     nonfinite,
     order,
+    overfit,
     overlap,
     regularization,
     resuming,
+    retracing,
     saturation,
+    side_effects,
     test_step,
     training_flag,
+    uncompiled,
     update_ratio,
     variables,
+    waiting,
 )
 from loopscope.doctor.facts import Facts
 from loopscope.doctor.finding import Finding
@@ -65,5 +73,16 @@ ALL: dict[str, Check] = {
     "update_ratio": update_ratio.check,
     "overlap": overlap.check,
     "resuming": resuming.check,
+    "dropped_state": dropped_state.check,
+    "side_effects": side_effects.check,
+    "memory": memory.check,
+    "waiting": waiting.check,
+    "uncompiled": uncompiled.check,
+    "compiling": compiling.check,
+    "retracing": retracing.check,
+    "overfit": overfit.check,
 }
 """By name, in the order in which they are run: what explains others comes first."""
+
+LAST = ("overfit",)
+"""Made only where the others have found nothing, or when asked for by name."""

@@ -16,17 +16,11 @@ SMALLEST = 6e-8
 
 def check(facts: Facts) -> Iterator[Finding]:
     """Look for layers that compute in float16, and for an optimizer that scales."""
-    import keras
-
     seen = facts.first
     half = [c.path for c in seen.probe.calls if c.layer.compute_dtype == "float16"]
-    scales = any(
-        isinstance(a.optimizer, keras.optimizers.LossScaleOptimizer)
-        or getattr(a.optimizer, "loss_scale_factor", None)
-        for a in seen.probe.applied
+    scales = facts.scales_loss or any(
+        getattr(a.optimizer, "loss_scale_factor", None) for a in seen.probe.applied
     )
-    optimizer = getattr(facts.model, "optimizer", None)
-    scales = scales or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if not half or scales or not seen.probe.applied:
         return
     shares = [

@@ -32,14 +32,6 @@ def check(facts: Facts) -> Iterator[Finding]:
 
 def _skipped(facts: Facts, look: OpenedStep) -> bool:
     """Whether loss scaling has found a gradient too large, and skipped the step."""
-    import keras
-
-    scaling = keras.optimizers.LossScaleOptimizer
-    scales = any(
-        isinstance(a.optimizer, scaling)
-        for seen in (facts.first, facts.settled)
-        for a in seen.probe.applied
-    )
-    scales = scales or isinstance(getattr(facts.model, "optimizer", None), scaling)
     kept = all(np.isfinite(u.norm) for u in look.updates)
-    return scales and kept and look.loss is not None and bool(np.isfinite(look.loss))
+    finite = look.loss is not None and bool(np.isfinite(look.loss))
+    return facts.scales_loss and kept and finite

@@ -1,4 +1,4 @@
-"""Batches of one class only, and epochs that all have the same batches."""
+"""Batches of one class only, shuffle buffers too small, epochs that are all alike."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ FEWEST = 8
 MOST = 1000
 """Classes: more are no classes."""
 
+BUFFER = 0.5
+"""Of the examples that a shuffle buffer has to hold."""
+
 
 def check(facts: Facts) -> Iterator[Finding]:
     """Compare the labels of batches with all labels; one epoch with the next."""
@@ -26,6 +29,7 @@ def check(facts: Facts) -> Iterator[Finding]:
     found = [b for b in batches if b is not None]
     if found and len(found) == len(batches) and len(found[0]) >= FEWEST:
         yield from _sorted(facts, found)
+    yield from _shuffled(facts)
     yield from _repeated(facts)
 
 
@@ -67,6 +71,33 @@ def _sorted(facts: Facts, batches: list[np.ndarray]) -> Iterator[Finding]:
                 "classes": classes,
             },
         )
+
+
+def _shuffled(facts: Facts) -> Iterator[Finding]:
+    calls = facts.source.shuffles()
+    of_examples = [call for call in calls if not call.of_batches]
+    if any(call.buffer >= BUFFER * call.size for call in of_examples):
+        return  # Or nobody knows how many there are.
+    for call in of_examples or calls:
+        if call.of_batches:
+            yield Finding(
+                "order",
+                "warning",
+                "Batches are shuffled, not examples: the same examples stay together",
+                call.where,
+                "Shuffle before .batch().",
+                {"buffer": call.buffer},
+            )
+        else:
+            yield Finding(
+                "order",
+                "warning",
+                f"The shuffle buffer holds {call.buffer:,} of {call.size:,} examples: "
+                "those far apart in the data never meet",
+                call.where,
+                f"Use shuffle({call.size}), or shuffle the arrays once before.",
+                {"buffer": call.buffer, "examples": call.size},
+            )
 
 
 def _repeated(facts: Facts) -> Iterator[Finding]:
