@@ -536,6 +536,25 @@ def statistics_that_are_dropped(f):
     return own(model, call=call), (f.x(), numbers(ROWS, 1))
 
 
+@bug("accumulating")
+def gradients_that_add_up(f):
+    model, optimizer = f.model(layers.Dense(1)), keras.optimizers.Adam(1e-3)
+    sums = [keras.Variable(ops.zeros(v.shape)) for v in model.trainable_variables]
+    loop = Loop(model, gear=STEP, seed=0)
+
+    @loop.train_step
+    def train_step(x, y):
+        loss, grads = loopscope.value_and_grad(
+            lambda: plain_loss(model, x, y)[0], model.trainable_variables
+        )
+        for total, grad in zip(sums, grads, strict=True):
+            total.assign_add(grad)
+        optimizer.apply([total + 0 for total in sums], model.trainable_variables)
+        return loss
+
+    return loop, (f.x(), numbers(ROWS, 1))
+
+
 @bug("overfit")
 def gradients_of_the_wrong_sign(f):
     model, optimizer = f.model(layers.Dense(1)), keras.optimizers.Adam(1e-3)

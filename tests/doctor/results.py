@@ -6,6 +6,7 @@
 `make doctor-results` does both, on every backend.
 """
 
+import contextlib
 import json
 import sys
 import warnings
@@ -18,7 +19,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 
 def examine():
-    """Every planted bug and every healthy loop, on the backend that Keras has."""
+    """Every planted bug and every healthy loop, on this backend, as JSON."""
     import keras
     from planted import BUGS, FAMILIES
     from test_healthy import SMALL
@@ -62,15 +63,14 @@ def examine():
         )
         for made, took in found.seconds.items():
             seconds[made].append(took)
-    json.dump(
+    return json.dumps(
         {
             "backend": keras.backend.backend(),
             "keras": keras.__version__,
             "planted": planted,
             "healthy": healthy,
             "seconds": {name: median(took) for name, took in seconds.items()},
-        },
-        sys.stdout,
+        }
     )
 
 
@@ -127,6 +127,8 @@ def page(paths):
 
 if __name__ == "__main__":
     if sys.argv[1] == "examine":
-        examine()
+        with contextlib.redirect_stdout(sys.stderr):  # Steps that print are among them.
+            found = examine()
+        print(found)
     else:
         page(sys.argv[2:])

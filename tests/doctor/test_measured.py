@@ -345,6 +345,46 @@ if not TENSORFLOW:
             assert findings[0].measured["variables"] == 3  # A seed among them.
 
 
+# accumulating
+
+
+def by_hand(update):
+    """Slots of one's own, which `update` turns into what is applied."""
+    model, optimizer = model_of(), keras.optimizers.Adam(1e-3)
+    slots = [keras.Variable(ops.zeros(v.shape)) for v in model.trainable_variables]
+    loop = Loop(model, gear=STEP, seed=0)
+
+    @loop.train_step
+    def train_step(x, y):
+        loss, grads = loopscope.value_and_grad(
+            lambda: ops.mean(ops.square(model(x, training=True) - y)),
+            model.trainable_variables,
+        )
+        update(optimizer, slots, grads, model.trainable_variables)
+        return loss
+
+    return loop
+
+
+def momentum(optimizer, slots, grads, variables):
+    for slot, grad in zip(slots, grads, strict=True):
+        slot.assign(0.9 * slot + grad)
+    optimizer.apply([slot + 0 for slot in slots], variables)
+
+
+def sums_that_begin_anew(optimizer, slots, grads, variables):
+    begins = ops.cast(optimizer.iterations % 2 > 0, "float32")
+    for slot, grad in zip(slots, grads, strict=True):
+        slot.assign(begins * slot + grad)
+    optimizer.apply([slot + 0 for slot in slots], variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", [momentum, sums_that_begin_anew])
+def test_slots_that_forget_are_no_gradients_that_add_up(update):
+    assert names_found(by_hand(update), X, Y, batch_size=16) == []
+
+
 # overfit: none of these may be taken for a loop that does not learn.
 
 

@@ -5,13 +5,9 @@ Every measurement sets the state back to where it was.
 
 from __future__ import annotations
 
-import gc
-import io
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -22,12 +18,13 @@ import numpy as np
 from loopscope.data.feed import Feed, Segment
 from loopscope.data.source import Source
 from loopscope.doctor import stateless, surroundings
-from loopscope.doctor.measuring import Pace, pace
+from loopscope.doctor.measuring import Pace, growth, next_batches, pace
 from loopscope.gear import EAGER, Gear
 from loopscope.look.opened import Change, OpenedStep
 from loopscope.look.opening import executed, open_step, probe_of
 from loopscope.look.probe import Call, Judged, Probe
 from loopscope.look.seen import scalars
+from loopscope.look.stats import as_float
 from loopscope.runner import Runner
 
 BATCHES = 8
@@ -39,14 +36,11 @@ HASHED_BYTES = 2**31
 SETTLING = 10
 """Steps that are trained before a step is looked into for the second time."""
 
-MOST_BATCHES, MOST_S = 64, 2.0
-"""So many batches are read for their shapes, in so many seconds at most."""
+SLOW_MS = 50
+"""An eager step that takes longer is not run many times."""
 
 STEADY = 5
 """Batches of one shape in a row: then not each one has a shape of its own."""
-
-GROWING = 4
-"""Steps over which growth is measured, twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,28 +78,6 @@ class Tested:
 
 
 MOMENTS = ("the first step", "a step shortly after the first")
-
-
-@dataclass
-class Watched:
-    """What steps have done beside their arithmetic."""
-
-    changed: Mapping[str, surroundings.Change] = field(default_factory=dict)
-    printed: str = ""
-
-
-class _Overheard(io.TextIOBase):
-    """Passes on what is printed, and remembers it."""
-
-    def __init__(self, out: Any) -> None:
-        self._out, self.heard = out, ""
-
-    def write(self, text: str) -> int:
-        self.heard += text
-        return int(self._out.write(text))
-
-    def flush(self) -> None:
-        self._out.flush()
 
 
 class Facts:
@@ -184,19 +156,10 @@ class Facts:
             computed=computed,
         )
 
-    @contextmanager
-    def watched(self) -> Iterator[Watched]:
+    def watched(self) -> AbstractContextManager[surroundings.Watched]:
         """See what an own step changes in Python, and prints, within a block."""
-        watched = Watched()
-        if not self.own:
-            yield watched
-            return
-        step = self.runner.stages["train"].step
-        before, told = surroundings.surroundings(step), _Overheard(sys.stdout)
-        with redirect_stdout(told):
-            yield watched
-        watched.changed = surroundings.changes(before, surroundings.surroundings(step))
-        watched.printed = told.heard
+        own = self.runner.stages["train"].step if self.own else None
+        return surroundings.watched(own)
 
     @cached_property
     def looks(self) -> list[OpenedStep]:
@@ -233,13 +196,14 @@ class Facts:
         return EAGER if self.eager else self.gear or self.backend.gears[0]
 
     @property
-    def ready(self) -> Gear:
-        """A gear for which nothing has to be compiled."""
-        return self.gear or EAGER
+    def brisk(self) -> Gear:
+        """A gear for many steps: one that is compiled, or eager if that will do."""
+        slow = any(sum(look.phases.values()) > SLOW_MS for look in self.looks)
+        return self.trained if slow or self.gear is not None else EAGER
 
-    def pace(self, gear: Gear) -> Pace | None:
+    def pace(self, gear: Gear, *, anew: bool = False) -> Pace | None:
         """What a step takes in a gear, which may have to be compiled; or none runs."""
-        if gear.name not in self._paces:
+        if anew or gear.name not in self._paces:
             try:
                 with self._kept():
                     self._paces[gear.name] = pace(self.runner, gear, self.segment)
@@ -254,7 +218,7 @@ class Facts:
         return self.source.fetch_s()
 
     @cached_property
-    def compiled(self) -> Watched:
+    def compiled(self) -> surroundings.Watched:
         """What two compiled steps change in Python, after one that was traced."""
         segment = self.segment
         last = min(segment.stop - 1, segment.start + 1)
@@ -270,39 +234,17 @@ class Facts:
     @cached_property
     def growth(self) -> float:
         """Bytes of arrays that each eager step leaves behind."""
-        segment = self.segment
-
-        def run(steps: int) -> int:
-            for i in range(steps):
-                at = segment.start + i % segment.steps
-                self.runner.run("train", EAGER, Segment(segment.feed, at, at + 1))
-            self.runner.finished = 0
-            gc.collect()
-            return self.backend.live_bytes()
-
         with self._kept():
-            began, middle, end = run(2), run(GROWING), run(GROWING)
-        return max(0.0, min(middle - began, end - middle) / GROWING)
+            return growth(self.runner, self.segment)
 
     @cached_property
     def shapes(self) -> list[Segment]:
         """Next batches, where not all have one shape. Reads on; nothing comes after."""
-        wait, found = self.fetch_s, []
         arrays = getattr(self.source, "arrays", None) is not None
-        if arrays or wait is None or self.segment.steps >= STEADY:
+        if arrays or self.segment.steps >= STEADY:
             return []
-        count, began = 0, time.perf_counter()
-        data = self.source.open(0)
-        try:
-            while count < MOST_BATCHES and time.perf_counter() - began < MOST_S:
-                segment = data.take(1)
-                if segment is None:
-                    break
-                found.append(segment)
-                count += segment.steps
-        finally:
-            data.close()
-        return found
+        self.fetch_s  # noqa: B018 - the source will have moved on
+        return list(next_batches(self.source))
 
     @cached_property
     def tested(self) -> Tested | None:
@@ -350,6 +292,19 @@ class Facts:
                 self.runner, Segment(feed, 0, 1), self.gear, self._probe()
             )
         return scalars(outputs).get("loss")
+
+    def after_a_step(self, before: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What variables hold after the first step, had they held this before."""
+        import keras
+
+        held = {path: v for path, v in self.runner.state if path in before}
+        with self._kept():
+            for path, variable in held.items():
+                value = keras.ops.cast(before[path], variable.dtype)
+                self.backend.assign(variable, value)
+            executed(self.runner, self.segment, self.gear, probe_of(self.runner))
+            read = self.backend.read
+            return {p: as_float(self.host(read(v))) for p, v in held.items()}
 
     def labels(self) -> np.ndarray | None:
         """All labels of the training data, where these are arrays and it has some."""

@@ -1,14 +1,16 @@
-"""What a step takes in a gear, and what compiling it would bring."""
+"""What a step takes: time in a gear, eagerly or compiled, and memory."""
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from loopscope import backend as backends
 from loopscope.data.feed import Segment
-from loopscope.data.source import as_source
+from loopscope.data.source import Source, as_source
 from loopscope.gear import EAGER, Gear
 from loopscope.look.probe import Probe
 from loopscope.runner import Done, Runner
@@ -22,6 +24,12 @@ CHUNK = 16
 
 ENOUGH_S = 0.5
 """After so long a gear is not measured once more."""
+
+GROWING = 4
+"""Steps over which growth is measured, twice."""
+
+MOST_BATCHES, MOST_S = 64, 2.0
+"""So many batches are read for their shapes, in so many seconds at most."""
 
 PAYS = 2.0
 """So many times as fast, another gear is worth a word."""
@@ -58,6 +66,34 @@ def pace(runner: Runner, gear: Gear, segment: Segment) -> Pace:
     runner.finished = 0
     compiled = [c.wall_s for c in first.compiled]
     return Pace(step_s, max(0.0, sum(compiled) - step_s) if compiled else None)
+
+
+def growth(runner: Runner, segment: Segment) -> float:
+    """Bytes of arrays that each eager step leaves behind. The state moves on."""
+
+    def run(steps: int) -> int:
+        for i in range(steps):
+            at = segment.start + i % segment.steps
+            runner.run("train", EAGER, Segment(segment.feed, at, at + 1))
+        runner.finished = 0
+        gc.collect()
+        return runner.backend.live_bytes()
+
+    began, middle, end = run(2), run(GROWING), run(GROWING)
+    return max(0.0, min(middle - began, end - middle) / GROWING)
+
+
+def next_batches(source: Source) -> Iterator[Segment]:
+    """Single steps of a source, some and for a while. It moves on."""
+    data, began = source.open(0), time.perf_counter()
+    try:
+        for _ in range(MOST_BATCHES):
+            segment = data.take(1)
+            if segment is None or time.perf_counter() - began > MOST_S:
+                return
+            yield segment
+    finally:
+        data.close()
 
 
 def eager_and_compiled(

@@ -40,6 +40,7 @@ BY_MODEL = ("inputs", "training_flag", "dead_units", "order")
 
 
 OF_LOOPS = (
+    "accumulating",
     "compiling",
     "dropped_state",
     "memory",

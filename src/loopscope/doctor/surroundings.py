@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dis
 import inspect
+import io
 import random
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +78,50 @@ def walked(step: Callable[..., Any]) -> Walk:
         step = getattr(step.model, f"{step.phase}_step")
     walk.function(step)
     return walk
+
+
+@dataclass
+class Watched:
+    """What steps have done beside their arithmetic."""
+
+    changed: Mapping[str, Change] = field(default_factory=dict)
+    printed: str = ""
+
+
+@contextmanager
+def watched(step: Callable[..., Any] | None) -> Iterator[Watched]:
+    """See what changes in the surroundings of a step within a block, and is printed."""
+    seen = Watched()
+    before, told = _taken(step), _Overheard(sys.stdout)
+    if before is None:
+        yield seen
+        return
+    with redirect_stdout(told):
+        yield seen
+    seen.changed = changes(before, _taken(step) or before)
+    seen.printed = told.heard
+
+
+def _taken(step: Callable[..., Any] | None) -> dict[str, Held] | None:
+    """The surroundings; `None` of no step, or where a user's object refuses."""
+    try:
+        return None if step is None else surroundings(step)
+    except Exception:
+        return None
+
+
+class _Overheard(io.TextIOBase):
+    """Passes on what is printed, and remembers it."""
+
+    def __init__(self, out: Any) -> None:
+        self._out, self.heard = out, ""
+
+    def write(self, text: str) -> int:
+        self.heard += text
+        return int(self._out.write(text))
+
+    def flush(self) -> None:
+        self._out.flush()
 
 
 def changes(before: dict[str, Held], after: dict[str, Held]) -> dict[str, Change]:
@@ -178,8 +225,8 @@ def _held(value: Any) -> Held | None:
     if isinstance(value, PLAIN):
         return Held("number", value, repr(value))
     if isinstance(value, CONTAINERS):
-        few = list(value.items() if isinstance(value, dict) else value)
-        few = few if len(few) <= ELEMENTS else []
+        all_of = value.items() if isinstance(value, dict) else value
+        few = list(all_of) if len(value) <= ELEMENTS else []
         return Held(
             "container", value, (len(value), [_print(v) for v in few]), len(value)
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from loopscope.doctor.checks import (
+    accumulating,
     broadcast,
     compiling,
     dead_units,
@@ -74,6 +75,7 @@ ALL: dict[str, Check] = {
     "overlap": overlap.check,
     "resuming": resuming.check,
     "dropped_state": dropped_state.check,
+    "accumulating": accumulating.check,
     "side_effects": side_effects.check,
     "memory": memory.check,
     "waiting": waiting.check,

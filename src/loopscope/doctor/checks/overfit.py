@@ -19,8 +19,9 @@ BRIEFLY, STEPS = 25, 200
 MOST_S = 2.0
 """Seconds of each trial."""
 
-FALLEN = 0.01
-"""Of the loss: a loop whose loss has once been so much lower learns."""
+FALLEN, OUT, ROUNDING = 0.01, 4.0, 1e-6
+"""A loop learns if its loss has once been lower by so much of itself, or so many times
+its changes from step to step; rounding apart."""
 
 MEAN = 5
 """Steps over which a loss is averaged."""
@@ -99,19 +100,19 @@ def _rate(facts: Facts, optimizer: Any) -> float | None:
 def _losses(
     facts: Facts, optimizer: Any, rate: float | None, steps: int
 ) -> np.ndarray | None:
-    """Of steps on one batch, at this learning rate; fewer where they take long."""
+    """Of steps on one batch, at this rate; `None` where they take too long."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     segment = facts.segment
     one = Segment(segment.feed, segment.start, segment.start + 1)
-    pace = facts.pace(facts.ready)
-    if pace is None:
+    pace = facts.pace(facts.brisk)
+    if pace is None or pace.step_s * BRIEFLY > MOST_S:
         return None
-    steps = int(min(steps, max(BRIEFLY, MOST_S / pace.step_s)))
+    steps = int(min(steps, MOST_S / pace.step_s))
     with facts.runner.state.kept():
         if rate is not None:
             facts.backend.assign(inner._learning_rate, rate)
         source: Any = SimpleNamespace(sample=lambda: one)
-        return overfit(facts.runner, source, facts.ready, batches=1, steps=steps).losses
+        return overfit(facts.runner, source, facts.brisk, batches=1, steps=steps).losses
 
 
 def _means(losses: np.ndarray) -> np.ndarray:
@@ -121,8 +122,14 @@ def _means(losses: np.ndarray) -> np.ndarray:
 def _falls(losses: np.ndarray) -> bool:
     if len(losses) <= 2 * MEAN:
         return True  # It has ended early: learnt by heart.
+    losses = losses[np.isfinite(losses)]
+    if len(losses) <= MEAN:
+        return False
     means = _means(losses)
-    return bool(np.nanmin(means[1:]) < means[0] - FALLEN * abs(means[0]))
+    fallen, size = means[0] - means[1:].min(), abs(means[0])
+    # A large part of the loss may be constant: what stands out of the noise counts too.
+    noise = float(np.median(np.abs(np.diff(losses))))
+    return bool(fallen > max(min(FALLEN * size, OUT * noise), ROUNDING * size))
 
 
 def _ends(losses: np.ndarray) -> tuple[float, float]:
