@@ -54,7 +54,7 @@ EPOCH = WIDTH = TOTAL = 0
 # side_effects
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_text_that_shows_when_a_step_is_traced_is_no_side_effect():
     def body(x, y, loss):
         print("traced")
@@ -170,7 +170,7 @@ def test_a_number_for_each_step_is_no_growing_memory():
     assert names_found(loop, X, Y, batch_size=16, checks=["memory"]) == []
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_step_that_can_only_run_eagerly_is_looked_at_as_well():
     kept = []
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from loopscope.doctor.checks import ALL
-from models import halved
+from models import TENSORFLOW, halved
 
 PAGES = Path(__file__).parents[2] / "docs" / "doctor"
+slow = pytest.mark.slow
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
@@ -36,11 +37,23 @@ def test_every_check_has_a_page_and_every_page_a_check():
     assert {p.stem for p in PAGES.glob("*.md")} == set(ALL)
 
 
-MEASURED = list(ALL).index("dropped_state")
-"""From here on checks run and compile more."""
+MEASURED = list(ALL)[list(ALL).index("dropped_state") :]
+"""Checks that run and compile more: in the quick suite on TensorFlow, where that is
+cheap, and what takes seconds there in the slow one."""
 
 
-@pytest.mark.parametrize("name", [*list(ALL)[:MEASURED], *halved(list(ALL)[MEASURED:])])
+def _measured(*quick):
+    return [
+        name if TENSORFLOW and name in quick else pytest.param(name, marks=slow)
+        for name in MEASURED
+    ]
+
+
+OTHERS = [name for name in ALL if name not in MEASURED]
+QUICK = [name for name in MEASURED if name not in ("compiling", "memory")]
+
+
+@pytest.mark.parametrize("name", [*OTHERS, *_measured(*QUICK)])
 def test_the_first_example_is_found_and_named(name, tmp_path):
     broken, _ = examples(name)
     examination = examined(broken, tmp_path / "broken.py")
@@ -52,7 +65,7 @@ def test_the_first_example_is_found_and_named(name, tmp_path):
     assert name == "resuming" or finding.measured
 
 
-@pytest.mark.parametrize("name", halved(ALL))
+@pytest.mark.parametrize("name", [*halved(OTHERS), *_measured("overfit")])
 def test_in_the_second_example_nothing_is_found(name, tmp_path):
     _, mended = examples(name)
     examination = examined(mended, tmp_path / "mended.py")
