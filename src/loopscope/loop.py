@@ -13,31 +13,19 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from loopscope import backend as backends
-from loopscope import checks, keras_methods, step
-from loopscope.checks import build, build_quietly
+from loopscope import checks, keras_methods, questions, step
 from loopscope.choose import choose
-from loopscope.compare import (
-    GearReport,
-    Moment,
-    compare,
-    first_step_difference,
-    one_step,
-)
 from loopscope.data.feed import Segment
-from loopscope.data.source import Source, as_source, is_arrays
-from loopscope.doctor.examine import Examination, examine
-from loopscope.doctor.facts import Facts
+from loopscope.data.source import Source, as_source
 from loopscope.epoch import Epoch
 from loopscope.errors import DataError, UsageError
-from loopscope.estimate import Estimate, estimate
 from loopscope.events import (
     PHASES,
     ChunkBegin,
@@ -55,17 +43,13 @@ from loopscope.events import (
     TrainEnd,
 )
 from loopscope.gear import AUTO, EAGER, GEARS, Gear, resolve, words_of
-from loopscope.look.alternatives import Alternative, alternatives
 from loopscope.look.incidents import Chunk, Incidents
-from loopscope.look.opened import OpenedStep
-from loopscope.look.opening import open_step
 from loopscope.meters import Initial, Meters
+from loopscope.questions import Ahead
 from loopscope.run.resume import recording
 from loopscope.runner import Done, Runner
-from loopscope.showing import listing
 from loopscope.standing import Cursor, Standing
 from loopscope.state import Snapshot, State
-from loopscope.trials import LearningRates, Overfitted, find_lr, overfit
 
 CHUNK_S = 0.25
 """What a chunk aims to last: often enough for progress and Ctrl-C."""
@@ -187,7 +171,7 @@ class Loop:
         self.function: Callable[..., Any] | None = None
         """The function of the experiment that made it."""
         self._save: Callable[[], None] | None = None
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
         """The steps of the train step that are about to run."""
         self._specs: dict[Phase, tuple[Any, ...]] = {}
         """Of the batches that each phase was last prepared for."""
@@ -253,14 +237,18 @@ class Loop:
         self._runner.forget()
         return function
 
+    def given(self, phase: Phase) -> tuple[Callable[..., Any], bool]:
+        """The phase's step, and whether it is the user's."""
+        made = self._own.get(phase) or getattr(self, f"{phase}_step")
+        base = getattr(Loop, f"{phase}_step")
+        return made, getattr(made, "__func__", made) is not base
+
     def _stage(self, phase: Phase) -> None:
         """Make the runner know the phase's step; forget what has gone stale."""
         definition = checks.definition(self.model)
         if definition != self._definition:
             self._runner.forget()
-        given = self._own.get(phase) or getattr(self, f"{phase}_step")
-        base = getattr(Loop, f"{phase}_step")
-        own = getattr(given, "__func__", given) is not base
+        given, own = self.given(phase)
         if not own:
             checks.compiled(self.model, phase)
             own = checks.overrides(self.model, f"{phase}_step")
@@ -665,7 +653,7 @@ class Loop:
                         break
                     if phase == "train":
                         fetch_s = time.perf_counter() - began
-                        self._ahead = _Ahead(segment, source, epoch, index, fetch_s)
+                        self._ahead = Ahead(segment, source, epoch, index, fetch_s)
                     self._emit(ChunkBegin(phase, index))
                     self._ahead = None
                     # Whoever listens may change the gear; `None` is not chosen yet.
@@ -859,332 +847,20 @@ class Loop:
         self._emit(self.choice)
         return choice.train
 
-    def compare(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int | None = None,
-        progress: Callable[[str], None] = lambda gear: None,
-    ) -> list[GearReport]:
-        """Measure every gear on this loop's train step. The loop stays as it is.
+    # What can be asked of it.
 
-        Costs about a second a gear, and compiling it (seconds; a fused loop of
-        convolutions under XLA can take minutes).
-
-        Args:
-            x: Data as in `fit`.
-            y: Data as in `fit`.
-            sample_weight: Data as in `fit`.
-            batch_size: Examples of a step, for arrays.
-            progress: Told the name of each gear before it is measured.
-
-        Returns:
-            A `GearReport` for every gear there is, those that the backend lacks
-            included.
-        """
-        source = self.source(x, y, sample_weight, batch_size=batch_size)
-        chosen = self.prepare("train", source)
-        return compare(self._runner, source, chosen=chosen, progress=progress)
-
-    def estimate(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int | None = None,
-        epochs: int = 1,
-        validation_data: Any = None,
-        steps_per_epoch: int | None = None,
-        gears: Collection[str] | None = None,
-    ) -> Estimate:
-        """How long a training would take, and from where on a gear pays.
-
-        Measures some steps as `auto` does, and sets everything back: about a second,
-        and compiling. What it has compiled, and what `auto` remembers, is there for
-        the training that follows.
-
-        Example:
-            ```python
-            print(loop.estimate(x_train, y_train, batch_size=64, epochs=5))
-            ```
-
-        Args:
-            x: Data as in `fit`.
-            y: Data as in `fit`.
-            sample_weight: Data as in `fit`.
-            batch_size: Examples of a step, for arrays.
-            epochs: Passes.
-            validation_data: As in `fit`.
-            steps_per_epoch: As in `fit`.
-            gears: The names of gears to measure, `"eager"` among them where compiling
-                as such is the question. If not given, those that `auto` would try; for
-                a loop whose gear is known, that one and the surest.
-
-        Returns:
-            Seconds by gear, and the number of steps after which each is ahead of the
-            surest one. `print` shows a table. Time in which a step waits for data, and
-            callbacks, are not in it.
-
-        Raises:
-            UsageError: Data that no step could be run on, or no such gear.
-        """
-        checks.count("epochs", epochs, least=1)
-        with contextlib.ExitStack() as held:
-            source, validation = keras_methods.sources(
-                self,
-                x,
-                y,
-                sample_weight,
-                batch_size=batch_size,
-                validation_data=validation_data,
-                steps_per_epoch=steps_per_epoch,
-                hold=held,
-            )
-            return self.forecast(source, validation, epochs=epochs, gears=gears)
-
-    def forecast(
-        self,
-        source: Source,
-        validation: Source | None = None,
-        *,
-        epochs: int = 1,
-        gears: Collection[str] | None = None,
-    ) -> Estimate:
-        """`estimate`, for sources that are there already."""
-        chosen, tested = self._gear, self._test_gear
-        with self._settled(source):
-            if validation is not None:
-                self.prepare("test", validation)
-            return estimate(
-                self._runner,
-                source,
-                validation,
-                epochs=epochs,
-                gear=chosen,
-                test_gear=tested,
-                gears=gears,
-                cache=self._cache,
-            )
-
-    def look(
-        self, x: Any = None, y: Any = None, sample_weight: Any = None
-    ) -> OpenedStep:
-        """Open up a train step on one batch, from the state as it stands.
-
-        Executes it eagerly, once, and sets everything back: tens of milliseconds, and
-        in memory every layer's output. In a listener of `ChunkBegin`, or in the
-        `on_train_batch_begin` of a callback, it needs no data: it opens the step that
-        comes next.
-
-        Example:
-            ```python
-            step = loop.look(x_train[:64], y_train[:64])
-            print(step.loss_per_example[step.worst[:5]], step.first_nonfinite)
-            ```
-
-        Args:
-            x: One batch: arrays as in `fit`, all of whose rows are taken, or an
-                iterable of batches, whose first one is.
-            y: As in `fit`.
-            sample_weight: As in `fit`.
-
-        Returns:
-            The step, with NumPy arrays.
-
-        Raises:
-            UsageError: No data, and no step is about to run.
-        """
-        if x is None:
-            ahead = self._ahead
-            if ahead is None:
-                raise UsageError(
-                    "There is no step to look into. Expected a batch, "
-                    "`loop.look(x, y)`, or a call where a step is about to run: in a "
-                    "callback's `on_train_batch_begin`."
-                )
-            return self._look(ahead, self._gear)
-        size = sys.maxsize if is_arrays(x, self.backend) else None
-        source = self.source(x, y, sample_weight, batch_size=size, shuffle=False)
-        chosen = self._gear
-        with self._ready(source):
-            began = time.perf_counter()
-            data = source.open(0)
-            try:
-                segment = data.take(1)
-                if segment is None:
-                    raise DataError("The data are empty: expected one batch.")
-                fetch_s = time.perf_counter() - began
-                return self._look(_Ahead(segment, source, 0, 0, fetch_s), chosen)
-            finally:
-                data.close()
-
-    def doctor(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int | None = None,
-        shuffle: bool = True,
-        validation_data: Any = None,
-        checks: Collection[str] | None = None,
-        progress: Callable[[str], None] = lambda check: None,
-    ) -> Examination:
-        """Look for the classic bugs of training loops, by running steps and measuring.
-
-        Runs some ten train steps and sets everything back: about a second for a small
-        model. docs/doctor.md lists the checks.
-
-        Example:
-            ```python
-            print(loop.doctor(x_train, y_train, validation_data=(x_val, y_val)))
-            ```
-
-        Args:
-            x: Data as in `fit`.
-            y: Data as in `fit`.
-            sample_weight: Data as in `fit`.
-            batch_size: Examples of a step, for arrays.
-            shuffle: As in `fit`.
-            validation_data: As in `fit`: the test step is examined as well.
-            checks: The names of those to make; all, if not given.
-            progress: Told the name of each check before it is made.
-
-        Returns:
-            What was found. The loop stays as it is.
-
-        Raises:
-            UsageError: Data that no step could be run on, or no such check.
-        """
-        with contextlib.ExitStack() as held:
-            source, validation = keras_methods.sources(
-                self,
-                x,
-                y,
-                sample_weight,
-                batch_size=batch_size,
-                shuffle=shuffle,
-                validation_data=validation_data,
-                hold=held,
-            )
-            return self.examine(source, validation, checks=checks, progress=progress)
-
-    def examine(
-        self,
-        source: Source,
-        validation: Source | None = None,
-        *,
-        checks: Collection[str] | None = None,
-        progress: Callable[[str], None] = lambda check: None,
-    ) -> Examination:
-        """`doctor`, for sources that are there already."""
-        self._stage("train")
-        stage = self._runner.stages["train"]
-        if isinstance(stage.step, step.ModelStep):
-            build_quietly(self.model, source.specs, "train")
-        if not stage.own:
-            build(self.model, source.specs, "train")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The checks say it themselves.
-            self.settle("train", source.specs)
-            if validation is not None:
-                with contextlib.suppress(UsageError):
-                    self._stage("test")
-                    self.settle("test", validation.specs)
-        facts = Facts(
-            self._runner,
-            source,
-            gear=self._gear,
-            asked=self.choice is None,
-            validation=validation,
-        )
-        return examine(facts, checks, progress=progress)
-
-    def show(self, callbacks: Any = None) -> None:
-        """Print the loop as code: the steps, and where each callback is called.
-
-        Args:
-            callbacks: As `fit` would get them.
-        """
-        own: dict[str, Callable[..., Any] | None] = {}
-        for phase in ("train", "test"):
-            base = getattr(Loop, f"{phase}_step")
-            given = self._own.get(phase) or getattr(self, f"{phase}_step")
-            own[phase] = None if getattr(given, "__func__", given) is base else given
-            if own[phase] is None and checks.overrides(self.model, f"{phase}_step"):
-                own[phase] = getattr(self.model, f"{phase}_step")
-        listed = list(getattr(callbacks, "callbacks", callbacks) or [])
-        print(listing(self.model, gear=self._gear, steps=own, callbacks=listed), end="")
-
-    def find_lr(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int | None = None,
-        start: float = 1e-7,
-        end: float = 10.0,
-        steps: int = 100,
-    ) -> LearningRates:
-        """Train a little with a growing learning rate, and see where the loss falls.
-
-        On the live variables, which are set back. A notebook shows the curve.
-
-        Args:
-            x: Data as in `fit`.
-            y: Data as in `fit`.
-            sample_weight: Data as in `fit`.
-            batch_size: Examples of a step, for arrays.
-            start: The first learning rate.
-            end: The last one, unless the loss has grown fourfold before.
-            steps: So many, geometrically spaced.
-
-        Returns:
-            Rates, losses, and the rate at which the loss falls fastest.
-
-        Raises:
-            UsageError: No range, or an optimizer whose learning rate is a schedule.
-        """
-        source = self.source(x, y, sample_weight, batch_size=batch_size)
-        with self._ready(source) as gear:
-            return find_lr(
-                self._runner, source, gear, start=start, end=end, steps=steps
-            )
-
-    def overfit(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        batch_size: int | None = None,
-        batches: int = 1,
-        steps: int = 200,
-    ) -> Overfitted:
-        """Train on the same few batches: a loop that cannot learn one is broken.
-
-        On the live variables, which are set back.
-
-        Args:
-            x: Data as in `fit`.
-            y: Data as in `fit`.
-            sample_weight: Data as in `fit`.
-            batch_size: Examples of a step, for arrays.
-            batches: How many.
-            steps: At most so many; it ends when the loss is a hundredth.
-
-        Returns:
-            The losses, and whether the last is less than a tenth of the first.
-        """
-        checks.count("batches", batches, least=1)
-        checks.count("steps", steps, least=1)
-        source = self.source(x, y, sample_weight, batch_size=batch_size)
-        with self._ready(source) as gear:
-            return overfit(self._runner, source, gear, batches=batches, steps=steps)
+    compare = questions.compare
+    estimate = questions.estimate
+    forecast = questions.forecast
+    look = questions.look
+    doctor = questions.doctor
+    examine = questions.examine
+    show = questions.show
+    find_lr = questions.find_lr
+    overfit = questions.overfit
+    otherwise = questions.otherwise
+    moment = questions.moment
+    first_step_difference = questions.first_step_difference
 
     @contextlib.contextmanager
     def _ready(self, source: Source) -> Iterator[Gear]:
@@ -1212,49 +888,6 @@ class Loop:
         """The steps that are about to run, where some are: in a chunk's beginning."""
         return None if self._ahead is None else self._ahead.segment
 
-    def otherwise(
-        self,
-        before: Sequence[Any],
-        segments: tuple[Segment, Segment],
-        *,
-        clipnorm: float | None,
-    ) -> list[Alternative]:
-        """Run a step as it was and otherwise; each time, the loss of the next one.
-
-        The loop stays as it is.
-
-        Args:
-            before: `state.snapshot()` before the step.
-            segments: The data of the step, and of the one after it.
-            clipnorm: To clip all gradients together to; not tried if `None`.
-        """
-        return alternatives(
-            self._runner, before, segments, gear=self._gear, clipnorm=clipnorm
-        )
-
-    def moment(self, gear: Gear, segment: Segment) -> Moment:
-        """What the first step of a segment does in a gear; the loop stays as it is."""
-        return one_step(self._runner, gear, segment)
-
-    def _look(self, ahead: _Ahead, gear: Gear | None) -> OpenedStep:
-        return open_step(
-            self._runner,
-            ahead.segment,
-            step=self.step,
-            gear=gear,
-            examples=ahead.source.examples(ahead.epoch, ahead.index),
-            fetch_s=ahead.fetch_s / ahead.segment.steps,
-        )
-
-    def first_step_difference(self, source: Source) -> float:
-        """How far this loop's gear is from eager in one step from the state of now.
-
-        The largest over outputs and variables of ‖a - b‖ / ‖a‖. The loop
-        stays as it is.
-        """
-        gear = self.prepare("train", source)
-        return first_step_difference(self._runner, source, gear)
-
     def meters(self, phase: Phase) -> Meters:
         """The metrics that belong to a phase's step."""
         self._stage(phase)
@@ -1269,17 +902,6 @@ class Loop:
         model = self.model if called else None
         found = stage.found.metrics
         return Meters(model, found, self.backend, initial=self._initial)
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """Steps that are about to run: their data, and where these are from."""
-
-    segment: Segment
-    source: Source
-    epoch: int
-    index: int
-    fetch_s: float
 
 
 def _rows(source: Source, epoch: int, index: int, position: int) -> Any:
