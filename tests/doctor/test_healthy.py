@@ -105,6 +105,18 @@ def noise():
     return of(dense(layers.GaussianNoise(0.1), layers.Dense(3))), blobs(128)
 
 
+def attention():
+    """The bias of an attention's keys has no gradient, by what attention is."""
+    x = np.random.default_rng(0).integers(0, 50, (128, 16))
+    inputs = keras.Input((16,), dtype="int32")
+    hidden = layers.Embedding(50, 32)(inputs)
+    hidden = layers.LayerNormalization()(
+        hidden + layers.MultiHeadAttention(4, 8)(hidden, hidden)
+    )
+    outputs = layers.Dense(3)(layers.GlobalAveragePooling1D()(hidden))
+    return of(keras.Model(inputs, outputs)), (x, x.sum(axis=1) % 3)
+
+
 def layernorm():
     return of(dense(layers.LayerNormalization(), layers.Dense(3))), blobs(128)
 
@@ -390,6 +402,7 @@ SMALL = [
     autoencoder,
     two_heads,
     residual,
+    attention,
     zero_last_layer,
     own_step,
     distillation,

@@ -19,7 +19,12 @@ def check(facts: Facts) -> Iterator[Finding]:
     look = facts.settled.look
     if look is None or look.first_nonfinite is not None:
         return
-    weights = {u.path: u for u in look.updates if u.before.ndim > 1}
+    weights = {
+        u.path: u
+        for u in look.updates
+        # That of the keys of an attention has no gradient, and two axes.
+        if u.before.ndim > 1 and not u.path.endswith("bias")
+    }
     norms = {
         g.path: g.stats.norm
         for g in look.gradients
