@@ -175,7 +175,16 @@ def test_it_can_be_turned_off(how, monkeypatch):
     assert not events
 
 
-def test_in_gear_eager_no_step_is_run_once_more():
+def test_in_gear_eager_the_built_in_step_is_looked_into():
+    _, y = blobs(64)
+    model = DENSE.model(layers.Dense(3))
+    loop = Loop(model, "sgd", "sparse_categorical_crossentropy", gear="eager", seed=0)
+    (event,), _ = trained(loop, DENSE.x(64), y, epochs=1)
+    assert not event.why_not
+    assert "from_logits" in {finding.check for finding in event.findings}
+
+
+def test_in_gear_eager_no_own_step_is_run_once_more():
     ran = []
     model, optimizer = DENSE.model(layers.Dense(1)), keras.optimizers.SGD(1e-3)
     loop = Loop(model, gear="eager", seed=0)

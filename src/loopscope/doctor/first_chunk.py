@@ -172,7 +172,7 @@ class Glance(Facts):
         """Why no step was looked into; empty if one was."""
 
     def _why_not(self, step_s: float) -> str:
-        if self.gear is None or self.gear == EAGER:
+        if self.gear is None or (self.gear == EAGER and self.own):
             return "in gear eager the step's own Python code would run once too often"
         if self.backend.distribution(self.model) is not None:
             return "the step runs on several replicas"
