@@ -38,6 +38,9 @@ CHUNK_STEPS = 256
 CHUNK_WAIT_S = 0.2
 """A chunk is handed on when it is full, this large, or has waited this long."""
 
+TIMED, TIMED_S = 8, 0.1
+"""What batches take to come is known from so many, or in so many seconds."""
+
 MARK_EVERY = 64
 """Of so many batches one is remembered by its checksum."""
 
@@ -360,7 +363,9 @@ class StreamSource:
         # Until the first chunk was there, nobody else was at work.
         count = max(4, first.stop if first is not None else 0)
         times = self._open.fetched_s[1:count]
-        return median(times) if len(times) > 1 else None
+        # A few quick ones say nothing: the machine may have been busy just then.
+        enough = len(times) >= TIMED or sum(times) > TIMED_S
+        return median(times) if len(times) > 1 and enough else None
 
     def shuffles(self) -> Sequence[Shuffled]:
         """What shuffles in the data, as far as they show it."""
