@@ -39,6 +39,7 @@ from loopscope.data.adapters import out_of_order
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GRAPH, XLA, Gear
+from loopscope.hooks import hooked
 
 map_structure = keras.tree.map_structure
 
@@ -160,7 +161,7 @@ class TensorFlowBackend:
     ) -> Trace:
         specs = map_structure(_type_spec, batch)
         traced = tf.function(step, autograph=not _is_ours(step))
-        with _clear_errors(known):
+        with _clear_errors(known), _initialized():
             concrete = traced.get_concrete_function(*specs)
         return Trace(
             outputs=map_structure(_spec, concrete.structured_outputs),
@@ -377,6 +378,41 @@ def _type_spec(spec: Spec | NativeSpec) -> Any:
 
 def _native(variable: Any) -> tf.Variable:
     return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+@contextmanager
+def _initialized() -> Iterator[None]:
+    """Give variables their first values that a trace has made and then has failed.
+
+    They exist, an optimizer's slots among them; TensorFlow would have filled them in
+    the end.
+    """
+    made: list[tuple[Any, Any]] = []
+
+    def around(real: Callable[..., None]) -> Callable[..., None]:
+        def init(variable: Any, initializer: Any, *rest: Any, **named: Any) -> None:
+            real(variable, initializer, *rest, **named)
+            made.append((variable, initializer))
+
+        return init
+
+    owner = next(kind for kind in keras.Variable.__mro__ if "__init__" in vars(kind))
+    try:
+        with hooked([(owner, "__init__", around)]):
+            yield
+    except Exception:
+        for variable, initializer in made:
+            if not bool(_native(variable).is_initialized()):
+                variable.assign(_first_value(variable, initializer))
+        raise
+
+
+def _first_value(variable: Any, initializer: Any) -> Any:
+    if isinstance(initializer, str):
+        initializer = keras.initializers.get(initializer)
+    if not callable(initializer):
+        return initializer
+    return initializer(tuple(variable.shape), dtype=variable.dtype)
 
 
 @contextmanager
