@@ -58,4 +58,4 @@ def _in_this_thread(heard: Method, plain: Method) -> Method:
     return method
 
 
-__all__ = ["Hook", "calls", "hooked", "updates"]
+__all__ = ["Hook", "Method", "calls", "hooked", "updates"]

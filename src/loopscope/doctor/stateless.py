@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from loopscope.hooks import Method, hooked
+
 
 @dataclass(frozen=True, eq=False)
 class Computed:
@@ -37,40 +39,36 @@ def noted() -> Iterator[list[Computed]]:
     optimizer = next(
         c for c in keras.optimizers.Optimizer.__mro__ if "stateless_apply" in vars(c)
     )
-    changes: list[tuple[type, str, Callable[..., Any]]] = [
+    methods: list[tuple[type, str, Callable[..., Any]]] = [
         (keras.layers.Layer, "stateless_call", _of_layer),
         (optimizer, "stateless_apply", _of_optimizer),
         (keras.metrics.Metric, "stateless_update_state", _of_metric),
     ]
-    real = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
-    for owner, name, pairs in changes:
-        setattr(owner, name, _noting(vars(owner)[name], name, pairs, notes))
-    try:
+    with hooked(
+        (owner, name, _noting(name, pairs, notes)) for owner, name, pairs in methods
+    ):
         yield notes
-    finally:
-        for owner, name, method in real:
-            setattr(owner, name, method)
 
 
 def _noting(
-    method: Callable[..., Any],
-    name: str,
-    pairs: Callable[..., Any],
-    notes: list[Computed],
-) -> Callable[..., Any]:
-    def call(owner: Any, *arguments: Any, **named: Any) -> Any:
-        result = method(owner, *arguments, **named)
-        variables, given, computed = pairs(owner, result, *arguments, **named)
-        new = [
-            variable
-            for variable, was, now in zip(variables, given, computed, strict=False)
-            if now is not was
-        ]
-        if new:
-            notes.append(Computed(name, owner.name, new))
-        return result
+    name: str, pairs: Callable[..., Any], notes: list[Computed]
+) -> Callable[[Method], Method]:
+    def around(real: Method) -> Method:
+        def call(owner: Any, *arguments: Any, **named: Any) -> Any:
+            result = real(owner, *arguments, **named)
+            variables, given, computed = pairs(owner, result, *arguments, **named)
+            new = [
+                variable
+                for variable, was, now in zip(variables, given, computed, strict=False)
+                if now is not was
+            ]
+            if new:
+                notes.append(Computed(name, owner.name, new))
+            return result
 
-    return call
+        return call
+
+    return around
 
 
 def _of_layer(
