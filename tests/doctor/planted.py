@@ -257,7 +257,7 @@ def regularizers_left_out(f):
     return own(model, keras.losses.MeanSquaredError()), (f.x(), numbers(ROWS, 1))
 
 
-@bug("metrics_twice")
+@bug("metrics")
 def a_metric_updated_twice(f):
     metric = keras.metrics.MeanSquaredError()
     loop = own(f.model(layers.Dense(1)), metric=metric, updates=2)

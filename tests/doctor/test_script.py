@@ -77,7 +77,7 @@ else:
         "labels": ("slices((x, y))", "slices((x, y + 1))", "loss"),
         "inputs": ('.astype("float32")', '.astype("float32") * 100', "model"),
         "training_flag": ("training=True", "training=False", "model"),
-        "metrics_twice": (
+        "metrics": (
             "        return loss\n",
             "        metric.update_state(y, logits)\n        return loss\n",
             "optimizer",
@@ -137,6 +137,7 @@ else:
         .replace(
             "        metric.reset_state()\n",
             """        metric.reset_state()
+        validation.reset_state()
         for batch in dataset:
             logits = model(batch[0], training=False)
             validation_loss = loss_fn(batch[1], logits)
@@ -151,7 +152,7 @@ else:
     )
 
     def test_validation_between_the_steps_is_not_taken_for_training(tmp_path):
-        assert VALIDATED.count("validation") == 3
+        assert VALIDATED.count("validation") == 4
         found, _ = examined(tmp_path, VALIDATED)
         assert not found.findings, str(found)
         text = VALIDATED.replace("training=True", "training=False")
@@ -167,6 +168,37 @@ else:
         assert finding is not None, str(found)
         number = int(finding.where.split(",")[0].split(":")[1])
         assert f"# {mark}" in path.read_text().splitlines()[number - 1]
+
+    METRIC = "    metric = keras.metrics.SparseCategoricalAccuracy()\n"
+
+    NEVER_RESET = SCRIPT.replace("        metric.reset_state()\n", "")
+
+    def test_a_metric_that_is_never_reset_is_found(tmp_path):
+        found, path = examined(tmp_path, NEVER_RESET)
+        (finding,) = found.findings
+        assert finding.check == "metrics"
+        assert "never reset" in finding.message
+        assert finding.measured["loops_around_its_update"] == 2
+        number = int(finding.where.split(",")[0].split(":")[1])
+        assert "metric.update_state" in path.read_text().splitlines()[number - 1]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            # Made anew in each epoch.
+            NEVER_RESET.replace(METRIC, "").replace(
+                "    for epoch in range(50):\n",
+                f"    for epoch in range(50):\n    {METRIC}",
+            ),
+            # A single loop: what it counts is meant to be everything.
+            NEVER_RESET.replace("for epoch in range(50)", "if epoch := 1"),
+        ],
+        ids=["made anew", "one loop"],
+    )
+    def test_a_metric_that_need_not_be_reset_is_none(text, tmp_path):
+        assert text != NEVER_RESET
+        found, _ = examined(tmp_path, text)
+        assert not found.findings, str(found)
 
     def test_shuffling_after_batching_is_found(tmp_path):
         text = SCRIPT.replace("shuffle(512).batch(16)", "batch(16).shuffle(32)")

@@ -26,7 +26,9 @@ from loopscope.doctor.examine import Examination, examine
 from loopscope.doctor.facts import MOMENTS, Seen, scales_loss
 from loopscope.doctor.finding import Finding
 from loopscope.doctor.measuring import PAYS, eager_and_compiled
+from loopscope.doctor.resets import Source
 from loopscope.errors import ExperimentError
+from loopscope.hooks import Hook
 from loopscope.look.opened import OpenedStep
 from loopscope.look.probe import Call, Judged, Probe
 from loopscope.look.seen import Seen as SeenStep
@@ -81,6 +83,11 @@ class Watching(Probe):
     def __init__(self, script: Path, steps: int) -> None:
         super().__init__(backends.current(), [], list)
         self._script, self._most = str(script), steps
+        self._source = Source(script)
+        self._made: dict[int, int] = {}
+        self.growing: dict[str, tuple[int, int]] = {}
+        """Metrics that go on from epoch to epoch unless they are reset: by name, the
+        line that updates them, and the loops in which it does so."""
         self.steps: list[Step] = []
         self.shuffles: list[Shuffled] = []
         self.functions: dict[tuple[str, int | None], int] = {}
@@ -189,9 +196,37 @@ class Watching(Probe):
         def update_state(metric: Any, *arguments: Any, **named: Any) -> Any:
             if all(m is not metric for m in self.metrics):
                 self.metrics.append(metric)
+                self._note_loops(metric)
             return noted(metric, *arguments, **named)
 
         return update_state
+
+    def _hooks(self) -> list[Hook]:
+        import keras
+
+        made: Hook = (keras.metrics.Metric, "__init__", self._metric_init)
+        return [*super()._hooks(), made]
+
+    def _metric_init(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def init(metric: Any, *arguments: Any, **named: Any) -> None:
+            self._made[id(metric)] = self._source.depth()
+            real(metric, *arguments, **named)
+
+        return init
+
+    def _note_loops(self, metric: Any) -> None:
+        made, line = self._made.get(id(metric)), self._line()
+        if made is None or line is None or not self._source.calls():
+            return
+        loops = self._source.depth() - made
+        if loops > 1:
+            self.growing[metric.name] = (line, loops)
+
+    def never_reset(self) -> Iterator[tuple[str, int, int]]:
+        """Metrics that no epoch sets back: name, line, loops around it."""
+        if not self._source.resets():
+            for name, (line, loops) in self.growing.items():
+                yield name, line, loops
 
     def _begin_step(self, layer: Any) -> None:
         read = self._backend.read
@@ -392,7 +427,7 @@ def examine_script(
     found = examine(ScriptFacts(watched), checks)  # type: ignore[arg-type]
     lines = watched.steps[0].lines
     named = [_with_line(f, path, lines) for f in found.findings]
-    own = _of_functions(watched, path)
+    own = [*_of_functions(watched, path), *_of_metrics(watched, path)]
     failed = dict(found.failed)
     if raised is not None and watched.steps[-1].look is None:
         failed["script"] = f"{type(raised).__name__}: {raised}"
@@ -412,6 +447,19 @@ def _with_line(found: Finding, path: Path, lines: Mapping[str, int]) -> Finding:
     if line is None or found.where.startswith(f"{path.name}:"):
         return found
     return replace(found, where=f"{path.name}:{line}, {found.where}")
+
+
+def _of_metrics(watched: Watching, path: Path) -> Iterator[Finding]:
+    for name, line, loops in watched.never_reset():
+        yield Finding(
+            "metrics",
+            "warning",
+            f"The metric {name!r} is never reset: in each epoch it counts all epochs "
+            "before as well",
+            f"{path.name}:{line}, metric {name!r}",
+            "Call its reset_state() at the beginning of each epoch.",
+            {"loops_around_its_update": loops, "resets_in_the_script": 0},
+        )
 
 
 def _of_functions(watched: Watching, path: Path) -> Iterator[Finding]:

@@ -125,6 +125,10 @@ class Probe:
     @contextmanager
     def around(self) -> Iterator[None]:
         """Take notes for the duration of a block."""
+        with hooked(self._hooks()):
+            yield
+
+    def _hooks(self) -> list[Hook]:
         import keras
 
         hooks: list[Hook] = [
@@ -132,11 +136,8 @@ class Probe:
             (keras.losses.Loss, "__call__", self._loss),
             *updates(self._apply),
         ]
-        hooks += [
-            (owner, "update_state", self._metric) for owner in self._metric_kinds()
-        ]
-        with hooked(hooks):
-            yield
+        kinds = self._metric_kinds()
+        return hooks + [(kind, "update_state", self._metric) for kind in kinds]
 
     def _metric_kinds(self) -> set[type]:
         """The classes whose `update_state` is called."""

@@ -15,7 +15,7 @@ def check(facts: Facts) -> Iterator[Finding]:
         times = probe.updates.get(id(metric), 0)
         if times > 1:
             yield Finding(
-                "metrics_twice",
+                "metrics",
                 "warning",
                 f"The metric {metric.name!r} is updated {times} times in a train step",
                 f"metric {metric.name!r}",
