@@ -173,7 +173,7 @@ def test_the_loop_is_shown_as_code_with_callbacks_in_their_places(capsys):
         def on_train_batch_end(self, batch, logs=None):
             pass
 
-    loop = fresh(small_loop, FUSED)
+    loop = fresh(small_loop, FUSED, watch=10)
     loop.show([Sees(), keras.callbacks.EarlyStopping()])
     lines = capsys.readouterr().out.splitlines()
     place = {line.split("#")[0].strip(): i for i, line in enumerate(lines)}
@@ -183,6 +183,8 @@ def test_the_loop_is_shown_as_code_with_callbacks_in_their_places(capsys):
     assert "Sees, EarlyStopping" in ends
     assert any("optimizer.apply(gradients" in line for line in lines)
     assert any(f"gear {FUSED}" in line for line in lines)
+    checks = ["if step % 10 == 0:", "judge(chunk)", "doctor(step)"]
+    assert [place[check] for check in checks] == sorted(place[c] for c in checks)
 
 
 def test_an_own_step_is_shown_with_its_source(capsys):

@@ -310,7 +310,10 @@ def show(self: Loop, callbacks: Any = None) -> None:
         if not is_own and checks.overrides(self.model, f"{phase}_step"):
             own[phase] = getattr(self.model, f"{phase}_step")
     listed = list(getattr(callbacks, "callbacks", callbacks) or [])
-    print(listing(self.model, gear=self._gear, steps=own, callbacks=listed), end="")
+    text = listing(
+        self.model, gear=self._gear, steps=own, callbacks=listed, watch=self.watch
+    )
+    print(text, end="")
 
 
 def find_lr(

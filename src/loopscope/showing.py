@@ -33,6 +33,7 @@ def listing(
     gear: Gear | None,
     steps: dict[str, Callable[..., Any] | None],
     callbacks: Sequence[Any],
+    watch: int | None = None,
 ) -> str:
     """The loop, line by line.
 
@@ -41,8 +42,9 @@ def listing(
         gear: In which steps run, if one is chosen.
         steps: The user's train and test step; `None` for a built-in one.
         callbacks: As `fit` would get them.
+        watch: How often the signals of a step are measured, if they are.
     """
-    return "\n".join(_lines(model, gear, steps, callbacks)) + "\n"
+    return "\n".join(_lines(model, gear, steps, callbacks, watch)) + "\n"
 
 
 def _lines(
@@ -50,6 +52,7 @@ def _lines(
     gear: Gear | None,
     steps: dict[str, Callable[..., Any] | None],
     callbacks: Sequence[Any],
+    watch: int | None,
 ) -> Iterator[str]:
     def hook(indent: int, name: str) -> Iterator[str]:
         who = [type(c).__name__ for c in callbacks if _has(c, name)]
@@ -72,7 +75,14 @@ def _lines(
     )
     yield from hook(2, "on_train_batch_begin")
     yield from _step(2, "train", steps["train"])
+    if watch is not None:
+        yield _line(2, f"if step % {watch} == 0:")
+        yield _line(3, "measure(gradients, activations)", "inside the step")
     yield from hook(2, "on_train_batch_end")
+    if watch is not None:
+        yield _line(2, "judge(chunk)", "spikes, the first value not finite")
+    yield _line(2, "if this is the first chunk:")
+    yield _line(3, "doctor(step)", "cheap checks, once, unless doctor=False")
     yield _line(1, "if validation_data and epoch is due:")
     yield from hook(2, "on_test_begin")
     yield _line(2, "for x, y in validation_data:", "metrics of training kept aside")
