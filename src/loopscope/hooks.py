@@ -17,13 +17,20 @@ Hook = tuple[type, str, Callable[[Method], Method]]
 
 
 @contextmanager
-def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
-    """Replace methods for a block, in this thread only: others may prepare data."""
+def hooked(
+    hooks: Iterable[Hook], *, also: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Replace methods for a block, in this thread only: others may prepare data.
+
+    Args:
+        hooks: What is replaced.
+        also: Whether it is heard in another thread, asked there.
+    """
     wanted = list(hooks)
     real = [(owner, name, vars(owner)[name]) for owner, name, _ in wanted]
     for owner, name, around in wanted:
         method = vars(owner)[name]
-        setattr(owner, name, _in_this_thread(around(method), method))
+        setattr(owner, name, _in_this_thread(around(method), method, also))
     try:
         yield
     finally:
@@ -48,12 +55,12 @@ def updates(around: Callable[[Method], Method]) -> list[Hook]:
     return [(optimizer, "apply", around), (scaled, "apply", around)]
 
 
-def _in_this_thread(heard: Method, plain: Method) -> Method:
+def _in_this_thread(heard: Method, plain: Method, also: Callable[[], bool]) -> Method:
     here = threading.get_ident()
 
     def method(*arguments: Any, **named: Any) -> Any:
-        chosen = heard if threading.get_ident() == here else plain
-        return chosen(*arguments, **named)
+        is_heard = threading.get_ident() == here or also()
+        return (heard if is_heard else plain)(*arguments, **named)
 
     return method
 

@@ -1,5 +1,9 @@
 """Scripts with a loop of their own: bugs are found, with the lines of the script."""
 
+import json
+import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -23,6 +27,11 @@ else:
     from loopscope.doctor.script import examine_script
 
     pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+    MS = re.MULTILINE | re.DOTALL
+
+    def slow(value):
+        return pytest.param(value, marks=pytest.mark.slow)
 
     TUTORIAL = Path(__file__).parent / "tutorial.py"
 
@@ -199,6 +208,41 @@ else:
         assert text != NEVER_RESET
         found, _ = examined(tmp_path, text)
         assert not found.findings, str(found)
+
+    REPLICAS = Path(__file__).parents[2] / "docs" / "doctor" / "replicas.md"
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            "tf.reduce_mean(losses)",
+            slow("keras.ops.mean(losses)"),
+            slow("tf.nn.compute_average_loss(losses, global_batch_size=16)"),
+            slow("keras.losses.SparseCategoricalCrossentropy(True)(y, logits)"),
+        ],
+    )
+    def test_a_loss_that_is_not_scaled_for_replicas_is_found(loss, tmp_path):
+        blocks = re.findall(r"^```python notest\n(.*?)^```$", REPLICAS.read_text(), MS)
+        broken, mended = blocks
+        was = "tf.reduce_mean(losses)"
+        now = "tf.nn.compute_average_loss(losses, global_batch_size=16)"
+        assert broken.replace(was, now) == mended
+        script = tmp_path / "script.py"
+        script.write_text(broken.replace(was, loss))
+        # In a process of its own: devices can be made of a processor only once.
+        arguments = ["doctor", str(script), "--steps", "6", "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "loopscope.cli", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found = json.loads(done.stdout)["findings"]
+        wrong = ".mean(" in loss or "reduce_mean" in loss
+        assert [f["check"] for f in found] == ["replicas"] * wrong, done.stderr
+        if wrong:
+            assert found[0]["measured"] == {"replicas": 2, "examples_of_a_replica": 8}
+            number = int(found[0]["where"].partition(":")[2])
+            assert "tape.gradient" in script.read_text().splitlines()[number - 1]
 
     def test_shuffling_after_batching_is_found(tmp_path):
         text = SCRIPT.replace("shuffle(512).batch(16)", "batch(16).shuffle(32)")

@@ -121,6 +121,10 @@ class Audience(Protocol):
         """A function was made that is to run compiled."""
         ...
 
+    def averaged(self, replicas: int, examples: int) -> None:
+        """One of several replicas differentiates the mean over its own examples."""
+        ...
+
     def called_compiled(self) -> AbstractContextManager[None]:
         """A block in which such a function is called."""
         ...
@@ -195,6 +199,10 @@ class Backend(Protocol):
 
     def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
         """Where variables of a model with several replicas are made, or `None`."""
+        ...
+
+    def in_first_replica(self) -> bool:
+        """Whether this is the first of several replicas that run one step."""
         ...
 
     def batches(self, adapter: Any) -> Iterable[Any]:

@@ -99,6 +99,9 @@ class JaxBackend:
     def distribution(self, model: Any) -> None:
         return None
 
+    def in_first_replica(self) -> bool:
+        return False  # One thread runs them all.
+
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_jax_iterator()
         return batches

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -98,6 +99,9 @@ class TensorFlowBackend:
             return None
         scope: AbstractContextManager[Any] = strategy.scope()
         return scope
+
+    def in_first_replica(self) -> bool:
+        return _replicas() > 1 and _replica() == 0
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         # Where Keras's own way is a tf.data pipeline around Python, go without it.
@@ -257,17 +261,51 @@ class TensorFlowBackend:
             audience.made(getattr(func, "__name__", repr(func)))
             return _Told(real_function(func, *rest, **named), audience)
 
+        means: deque[tuple[Any, int]] = deque(maxlen=MEANS)
+
+        def mean(values: Any, *rest: Any, **named: Any) -> Any:
+            result = real_mean(values, *rest, **named)
+            if self.in_first_replica() and len(getattr(values, "shape", ())) == 1:
+                means.append((result, int(values.shape[0])))
+            return result
+
+        def gradient(tape: Any, target: Any, *rest: Any, **named: Any) -> Any:
+            if self.in_first_replica():
+                for _, examples in [m for m in means if m[0] is target]:
+                    audience.averaged(_replicas(), examples)
+            return real_gradient(tape, target, *rest, **named)
+
+        real_mean, real_gradient = tf.reduce_mean, tf.GradientTape.gradient
         real_function, real_shuffle = tf.function, tf.data.Dataset.shuffle
         was_eager = tf.config.functions_run_eagerly()
         tf.config.run_functions_eagerly(True)
         tf.function, tf.data.Dataset.shuffle = function, shuffle
+        tf.reduce_mean = tf.math.reduce_mean = mean
+        tf.GradientTape.gradient = gradient
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Even though the")
                 yield
         finally:
             tf.function, tf.data.Dataset.shuffle = real_function, real_shuffle
+            tf.reduce_mean = tf.math.reduce_mean = real_mean
+            tf.GradientTape.gradient = real_gradient
             tf.config.run_functions_eagerly(was_eager)
+
+
+MEANS = 16
+"""Of so many means that a step computes, one may be its loss."""
+
+
+def _replicas() -> int:
+    """How many replicas run what this thread runs; 0 outside of any of them."""
+    context = tf.distribute.get_replica_context()
+    return 0 if context is None else int(context.num_replicas_in_sync)
+
+
+def _replica() -> int:
+    context = tf.distribute.get_replica_context()
+    return int(context.replica_id_in_sync_group)
 
 
 class _Told:

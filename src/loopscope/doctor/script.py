@@ -58,6 +58,10 @@ OF_LOOPS = (
 """Checks that need a step that can be run again, or the data as a whole."""
 
 
+OF_SCRIPTS = ("replicas",)
+"""Checks that only a script needs: a `Loop` has no such bug."""
+
+
 class Enough(BaseException):
     """Ends a script: no `except Exception` of its own may catch it."""
 
@@ -92,6 +96,8 @@ class Watching(Probe):
         self.shuffles: list[Shuffled] = []
         self.functions: dict[tuple[str, int | None], int] = {}
         """How often a compiled function was made, by name and line."""
+        self.replicas: dict[int | None, tuple[int, int]] = {}
+        """Replicas and the examples of one, by the line that differentiates."""
         self.model: Any = None
         self._before: dict[int, Any] = {}
         self._variables: list[Any] = []
@@ -111,6 +117,10 @@ class Watching(Probe):
         """A function is to be compiled."""
         key = (name, self._line())
         self.functions[key] = self.functions.get(key, 0) + 1
+
+    def averaged(self, replicas: int, examples: int) -> None:
+        """A replica differentiates the mean over its own examples."""
+        self.replicas.setdefault(self._line(), (replicas, examples))
 
     @contextlib.contextmanager
     def called_compiled(self) -> Iterator[None]:
@@ -427,7 +437,11 @@ def examine_script(
     found = examine(ScriptFacts(watched), checks)  # type: ignore[arg-type]
     lines = watched.steps[0].lines
     named = [_with_line(f, path, lines) for f in found.findings]
-    own = [*_of_functions(watched, path), *_of_metrics(watched, path)]
+    own = [
+        *_of_functions(watched, path),
+        *_of_metrics(watched, path),
+        *_of_replicas(watched, path),
+    ]
     failed = dict(found.failed)
     if raised is not None and watched.steps[-1].look is None:
         failed["script"] = f"{type(raised).__name__}: {raised}"
@@ -459,6 +473,21 @@ def _of_metrics(watched: Watching, path: Path) -> Iterator[Finding]:
             f"{path.name}:{line}, metric {name!r}",
             "Call its reset_state() at the beginning of each epoch.",
             {"loops_around_its_update": loops, "resets_in_the_script": 0},
+        )
+
+
+def _of_replicas(watched: Watching, path: Path) -> Iterator[Finding]:
+    for line, (replicas, examples) in watched.replicas.items():
+        yield Finding(
+            "replicas",
+            "error",
+            f"Each of {replicas} replicas differentiates the mean over its own "
+            f"{examples} examples, and the gradients are summed: every step is "
+            f"{replicas} times as large",
+            f"{path.name}:{line}",
+            "Divide by the number of replicas: tf.nn.compute_average_loss(per_example, "
+            "global_batch_size=...), or a Keras loss object, which does so itself.",
+            {"replicas": replicas, "examples_of_a_replica": examples},
         )
 
 

@@ -125,7 +125,7 @@ class Probe:
     @contextmanager
     def around(self) -> Iterator[None]:
         """Take notes for the duration of a block."""
-        with hooked(self._hooks()):
+        with hooked(self._hooks(), also=self._backend.in_first_replica):
             yield
 
     def _hooks(self) -> list[Hook]:
