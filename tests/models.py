@@ -30,12 +30,25 @@ BRIEF = [
 """All gears; those that compile for seconds on TensorFlow are left to `test-slow`."""
 
 
+COMPILED_FIRST = [
+    pytest.param(gear, marks=pytest.mark.slow) if gear == "eager" else gear
+    for gear in BRIEF
+]
+"""As `BRIEF`; eager, which trains slowly, is left to `test-slow` as well."""
+
+
 def thinned(values, every, *, ids=str):
     """All values, as parameters; on JAX all but every so many are slow tests.
 
     Running one small operation for the first time takes JAX far longer.
     """
     return _marked(values, lambda i: TENSORFLOW or i % every == 0, ids)
+
+
+def thinned_on_both(builders, every, every_on_jax):
+    """Models, as parameters: in the quick suite one in so many on each backend."""
+    step = every if TENSORFLOW else every_on_jax
+    return _marked(builders, lambda i: i % step == 0, lambda build: build.__name__)
 
 
 def halved(values, *, ids=str):

@@ -55,6 +55,7 @@ def test_the_same_seed_gives_the_same_bits_twice_in_a_process(gear):
     assert trained(gear) == trained(gear)
 
 
+@pytest.mark.slow_on_jax
 def test_the_same_seed_gives_the_same_bits_in_two_processes():
     program = (
         "import json; from test_bits import trained; from models import COMPILED;"
@@ -187,6 +188,7 @@ def test_a_second_training_and_an_evaluation_between_compile_nothing_new():
     assert compiled_events(loop, both) == []
 
 
+@pytest.mark.slow_on_jax
 def test_xla_itself_compiles_nothing_after_the_first_epoch(tmp_path):
     """Counted by the files that XLA writes, one for each module it compiles."""
     program = """

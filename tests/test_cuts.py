@@ -95,7 +95,13 @@ def test_state_and_every_output_do_not_depend_on_the_cuts(name, lengths):
     assert kept.train(lengths) == kept.whole
 
 
-@pytest.mark.parametrize("name", STEPWISE_GEARS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow_on_jax) if name == "eager" else name
+        for name in STEPWISE_GEARS
+    ],
+)
 @settings(examples, max_examples=4)
 @given(lengths=cuts())
 def test_gears_that_run_single_steps_do_not_depend_on_them_either(name, lengths):

@@ -147,7 +147,11 @@ def program(page):
 # The Korean README has the same code, which another test says.
 @pytest.mark.parametrize(
     "page",
-    [p for p in PAGES if blocks(p, "python") and p != KOREAN],
+    [
+        page if page == ENGLISH else pytest.param(page, marks=pytest.mark.slow_on_jax)
+        for page in PAGES
+        if blocks(page, "python") and page != KOREAN
+    ],
     ids=lambda page: page.name,
 )
 def test_every_example_of_a_page_runs(page, tiny_data, tmp_path):

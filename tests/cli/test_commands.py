@@ -72,6 +72,7 @@ def test_help_imports_no_framework(arguments):
     assert loaded_by(arguments, "numpy", "rich") == "[]"
 
 
+@pytest.mark.slow_on_jax
 def test_mnist_json_has_the_promised_keys_and_faster_gears_take_the_same_step(
     tmp_path,
 ):

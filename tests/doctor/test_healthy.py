@@ -402,7 +402,6 @@ SMALL = [
     autoencoder,
     two_heads,
     residual,
-    attention,
     zero_last_layer,
     own_step,
     distillation,
@@ -419,6 +418,7 @@ SMALL = [
             subclassed,
         )
     ),
+    attention,
 ]
 
 

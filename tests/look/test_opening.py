@@ -33,7 +33,7 @@ ROUNDING = 2e-6
 """Of losses and updates, relative to their largest number, between two gears."""
 
 
-@pytest.mark.parametrize("build", thinned(ALL, 3, ids=lambda build: build.__name__))
+@pytest.mark.parametrize("build", thinned(ALL, 6, ids=lambda build: build.__name__))
 def test_what_is_seen_is_what_the_step_does(build):
     make, data = build()
     loop = fresh(make, FUSED)

@@ -27,12 +27,15 @@ from models import (
     halved,
     mixed_loop,
     small_loop,
-    thinned,
+    thinned_on_both,
     warned,
 )
 
 ONE = [g if g == FUSED else pytest.param(g, marks=pytest.mark.slow) for g in GEARS]
 """All gears; the quick suite has one of them."""
+
+FEW = thinned_on_both(ALL, 2, 8)
+MANY = thinned_on_both(ALL, 2, 4)
 
 KINDS = {
     "gradient_norm",
@@ -78,7 +81,7 @@ def by_layer(records, value):
     return {layer: np.sqrt(square) for layer, square in squares.items()}
 
 
-@pytest.mark.parametrize("build", thinned(ALL, 8, ids=lambda build: build.__name__))
+@pytest.mark.parametrize("build", FEW)
 def test_signals_are_what_the_opened_step_shows(build):
     make, data = build()
     loop = fresh(make, FUSED, watch=2)
@@ -111,7 +114,7 @@ def test_signals_are_what_the_opened_step_shows(build):
         assert found[f"activation_zeros/{path}"] == pytest.approx(stats.zeros, abs=1e-6)
 
 
-@pytest.mark.parametrize("build", thinned(ALL, 4, ids=lambda build: build.__name__))
+@pytest.mark.parametrize("build", MANY)
 def test_watching_trains_the_same(build):
     """To the same bits, but that TensorFlow computes one BatchNorm in another way."""
     make, data = build()

@@ -18,7 +18,7 @@ from loopscope.run.folder import Folder
 from loopscope.run.lock import Lock, writer
 from models import (
     ALL,
-    BRIEF,
+    COMPILED_FIRST,
     FUSED,
     STEP,
     blobs,
@@ -101,7 +101,7 @@ def test_every_kind_of_model_and_step_goes_on_in_the_middle_of_an_epoch(
     check(make, FUSED, fit, tmp_path, at=7)
 
 
-@pytest.mark.parametrize("gear", BRIEF)
+@pytest.mark.parametrize("gear", COMPILED_FIRST)
 def test_every_gear_goes_on_with_dropout_and_batchnorm(gear, tmp_path):
     x, y = blobs(44)
     validation = blobs(20, seed=5)

@@ -15,7 +15,7 @@ from loopscope.events import ChunkEnd
 from loopscope.run import writes
 from models import (
     ALL,
-    BRIEF,
+    COMPILED_FIRST,
     FUSED,
     STEP,
     blobs,
@@ -163,7 +163,7 @@ def test_every_kind_of_model_is_rewound_and_verified(build, tmp_path):
     assert all(s.state_identical for s in found.segments)
 
 
-@pytest.mark.parametrize("gear", BRIEF)
+@pytest.mark.parametrize("gear", COMPILED_FIRST)
 def test_every_gear_is_rewound_with_dropout_and_batchnorm(gear, tmp_path):
     arguments = dict(zip("xy", blobs(44), strict=True), epochs=2)
     after = recorded(tmp_path / "run", experiment(mixed_loop, gear, **arguments))
