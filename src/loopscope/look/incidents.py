@@ -153,33 +153,39 @@ class Incidents:
         )
 
     def _looked_into(self, chunk: Chunk, found: _Notice) -> Incident:
-        """Run the chunk again, up to the step that it was, and open that up."""
-        runner, segment = self._runner, chunk.segment
-        with runner.state.kept():
-            runner.state.restore(list(chunk.before))
-            every = np.ones(segment.steps, bool)
-            done = runner.run("train", chunk.gear, segment, every)
-            assert done.signals is not None
-            found = self._judged(done.outputs, done.signals) or found
-            runner.state.restore(list(chunk.before))
-            at = segment.start + found.at
-            if found.at:
-                runner.run(
-                    "train", chunk.gear, Segment(segment.feed, segment.start, at)
-                )
-            opened, problem = None, ""
-            try:
-                opened = open_step(
-                    runner,
-                    Segment(segment.feed, at, at + 1),
-                    step=chunk.step + found.at,
-                    gear=chunk.gear,
-                    examples=chunk.examples(found.at),
-                )
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-        runner.finished = 0
+        """Find the step that it was, and open that up."""
+        opened, problem = None, ""
+        try:
+            with self._runner.state.kept():
+                found = self._exactly(chunk) or found
+                opened = self._opened(chunk, found.at)
+        except Exception as error:  # Nothing that is only told ends a training.
+            problem = f"{type(error).__name__}: {error}"
+        self._runner.finished = 0
         return _incident(chunk.step + found.at, found, opened, problem)
+
+    def _exactly(self, chunk: Chunk) -> _Notice | None:
+        """Judge a chunk by the signals of all of its steps: it is run once more."""
+        self._runner.state.restore(list(chunk.before))
+        every = np.ones(chunk.segment.steps, bool)
+        done = self._runner.run("train", chunk.gear, chunk.segment, every)
+        assert done.signals is not None
+        return self._judged(done.outputs, done.signals)
+
+    def _opened(self, chunk: Chunk, position: int) -> OpenedStep:
+        """Run a chunk once more up to one of its steps, and open that up."""
+        feed, first = chunk.segment.feed, chunk.segment.start
+        self._runner.state.restore(list(chunk.before))
+        at = first + position
+        if position:
+            self._runner.run("train", chunk.gear, Segment(feed, first, at))
+        return open_step(
+            self._runner,
+            Segment(feed, at, at + 1),
+            step=chunk.step + position,
+            gear=chunk.gear,
+            examples=chunk.examples(position),
+        )
 
 
 def _losses(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
