@@ -30,11 +30,14 @@ BRIEF = [
 """All gears; those that compile for seconds on TensorFlow are left to `test-slow`."""
 
 
-COMPILED_FIRST = [
-    pytest.param(gear, marks=pytest.mark.slow) if gear == "eager" else gear
-    for gear in BRIEF
+quick_on_jax = pytest.mark.slow if TENSORFLOW else lambda test: test
+"""A test that trains too often to be quick on both backends."""
+
+ONE_GEAR = [
+    gear if gear == FUSED else pytest.param(gear, marks=pytest.mark.slow)
+    for gear in GEARS
 ]
-"""As `BRIEF`; eager, which trains slowly, is left to `test-slow` as well."""
+"""All gears; all but one are left to `test-slow`."""
 
 
 def thinned(values, every, *, ids=str):
@@ -45,10 +48,10 @@ def thinned(values, every, *, ids=str):
     return _marked(values, lambda i: TENSORFLOW or i % every == 0, ids)
 
 
-def thinned_on_both(builders, every, every_on_jax):
-    """Models, as parameters: in the quick suite one in so many on each backend."""
-    step = every if TENSORFLOW else every_on_jax
-    return _marked(builders, lambda i: i % step == 0, lambda build: build.__name__)
+def some_of(builders, on_tensorflow, on_jax, every=4):
+    """Functions, as parameters: one in so many in the quick suite, from these on."""
+    first = on_tensorflow if TENSORFLOW else on_jax
+    return _marked(builders, lambda i: i % every == first, lambda build: build.__name__)
 
 
 def halved(values, *, ids=str):

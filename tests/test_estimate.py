@@ -8,6 +8,9 @@ from loopscope.choose import Trial, break_even, in_words
 from loopscope.errors import DataError, GearError, UsageError
 from models import FUSED, STEP, Batches, blobs, fresh, small_loop
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 TRIALS = {
     "eager": Trial(1e-2, 0.0),
     "graph": Trial(1e-3, 0.2),

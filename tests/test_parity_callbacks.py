@@ -17,6 +17,9 @@ from loopscope.events import ChunkEnd
 from models import FUSED, STEP, TENSORFLOW, blobs, fresh, small_loop
 from parity import assert_alike, assert_same, both
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 ROWS, SIZE = 40, 8
 X, Y = blobs(ROWS)
 OPTIONS = {"epochs": 4, "batch_size": SIZE, "shuffle": False}

@@ -10,6 +10,9 @@ import loopscope
 from loopscope.errors import UsageError
 from models import FUSED, GEARS, blobs, fresh, small_loop
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 X, Y = blobs(64)
 
 

@@ -16,6 +16,9 @@ from program import loaded_by
 from loopscope import open_run
 from loopscope.cli import main
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 EXPERIMENT = """
 import keras
 import numpy as np

@@ -20,6 +20,9 @@ from loopscope.doctor.checks import ALL
 from loopscope.run import reading
 from loopscope.run.folder import Folder
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 EXPERIMENT = """
 import os
 import time

@@ -54,7 +54,7 @@ OTHERS = [name for name in ALL if name not in MEASURED]
 QUICK = [name for name in MEASURED if name not in ("compiling", "memory")]
 
 
-@pytest.mark.parametrize("name", [*OTHERS, *_measured(*QUICK)])
+@pytest.mark.parametrize("name", [*halved(OTHERS), *_measured(*QUICK)])
 def test_the_first_example_is_found_and_named(name, tmp_path):
     broken, _ = examples(name)
     examination = examined(broken, tmp_path / "broken.py")

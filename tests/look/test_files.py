@@ -15,6 +15,9 @@ from loopscope.look.opened import Change, NonFinite
 from loopscope.look.pictures import pictures, png
 from models import FUSED, blobs, fresh, numbers, small_loop
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 X, Y = blobs(8)
 
 

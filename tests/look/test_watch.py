@@ -17,7 +17,7 @@ from models import (
     ALL,
     BATCH,
     FUSED,
-    GEARS,
+    ONE_GEAR,
     TENSORFLOW,
     blobs,
     convnet_with_batchnorm,
@@ -27,15 +27,9 @@ from models import (
     halved,
     mixed_loop,
     small_loop,
-    thinned_on_both,
+    some_of,
     warned,
 )
-
-ONE = [g if g == FUSED else pytest.param(g, marks=pytest.mark.slow) for g in GEARS]
-"""All gears; the quick suite has one of them."""
-
-FEW = thinned_on_both(ALL, 2, 8)
-MANY = thinned_on_both(ALL, 2, 4)
 
 KINDS = {
     "gradient_norm",
@@ -81,7 +75,7 @@ def by_layer(records, value):
     return {layer: np.sqrt(square) for layer, square in squares.items()}
 
 
-@pytest.mark.parametrize("build", FEW)
+@pytest.mark.parametrize("build", some_of(ALL, 2, 0))
 def test_signals_are_what_the_opened_step_shows(build):
     make, data = build()
     loop = fresh(make, FUSED, watch=2)
@@ -114,7 +108,7 @@ def test_signals_are_what_the_opened_step_shows(build):
         assert found[f"activation_zeros/{path}"] == pytest.approx(stats.zeros, abs=1e-6)
 
 
-@pytest.mark.parametrize("build", MANY)
+@pytest.mark.parametrize("build", some_of(ALL, 1, 0))
 def test_watching_trains_the_same(build):
     """To the same bits, but that TensorFlow computes one BatchNorm in another way."""
     make, data = build()
@@ -130,7 +124,7 @@ def test_watching_trains_the_same(build):
     assert max(apart.values()) <= most, apart
 
 
-@pytest.mark.parametrize("gear", ONE)
+@pytest.mark.parametrize("gear", ONE_GEAR)
 def test_the_same_steps_are_measured_however_chunks_are_cut(gear):
     x, y = blobs(rows=BATCH * 11)
     found = []
@@ -164,7 +158,7 @@ def test_what_is_not_watched_has_nothing_of_it():
     assert heard.signals[0] is None
 
 
-@pytest.mark.parametrize("gear", ONE)
+@pytest.mark.parametrize("gear", ONE_GEAR)
 def test_the_first_value_that_is_not_finite_is_found_at_its_step(gear):
     x, y = blobs(rows=BATCH * 30)
     x[BATCH * 17 + 3, 1] = np.nan
@@ -212,7 +206,7 @@ def test_a_value_that_the_loss_hides_is_found(gear):
     assert incident.examples == (BATCH * 7,)
 
 
-@pytest.mark.parametrize("gear", ONE)
+@pytest.mark.parametrize("gear", ONE_GEAR)
 def test_a_spike_is_found_at_its_step_and_changes_nothing(gear):
     x, y = blobs(rows=BATCH * 60)
     x[BATCH * 41 + 5] *= 500

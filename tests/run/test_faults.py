@@ -17,6 +17,9 @@ from loopscope.events import ChunkEnd
 from loopscope.run import checkpoint, reading
 from loopscope.run.folder import Folder
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 EPOCHS = 8
 RAM_DISK = "32m"
 """The size of a disk with room for about ten checkpoints."""

@@ -18,15 +18,16 @@ from loopscope.run.folder import Folder
 from loopscope.run.lock import Lock, writer
 from models import (
     ALL,
-    COMPILED_FIRST,
     FUSED,
+    ONE_GEAR,
     STEP,
     blobs,
     fresh,
-    halved,
     mixed_loop,
+    quick_on_jax,
     small_loop,
     small_model,
+    some_of,
     warned,
 )
 
@@ -90,7 +91,7 @@ def fit_arrays(*data, batch_size=8, epochs=3, **arguments):
     return fit
 
 
-@pytest.mark.parametrize("build", halved(ALL, ids=lambda build: build.__name__))
+@pytest.mark.parametrize("build", some_of(ALL, 2, 1))
 def test_every_kind_of_model_and_step_goes_on_in_the_middle_of_an_epoch(
     build, tmp_path
 ):
@@ -101,7 +102,7 @@ def test_every_kind_of_model_and_step_goes_on_in_the_middle_of_an_epoch(
     check(make, FUSED, fit, tmp_path, at=7)
 
 
-@pytest.mark.parametrize("gear", COMPILED_FIRST)
+@pytest.mark.parametrize("gear", ONE_GEAR)
 def test_every_gear_goes_on_with_dropout_and_batchnorm(gear, tmp_path):
     x, y = blobs(44)
     validation = blobs(20, seed=5)
@@ -122,6 +123,7 @@ def undisturbed(tmp_path_factory):
     return loop.state.sha256(), history.history, losses(path)
 
 
+@quick_on_jax
 @settings(
     max_examples=5,
     deadline=None,

@@ -9,6 +9,9 @@ from loopscope.errors import RunError
 from loopscope.events import ChunkEnd
 from models import STEP, Batches, blobs, fresh, halved, small_loop, warned
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 X, Y = blobs(60)
 
 

@@ -15,6 +15,9 @@ from loopscope.run import checkpoint, reading
 from loopscope.run.folder import Folder
 from models import FUSED, STEP, blobs, fresh, small_loop, small_model
 
+# What is tested here is the same on every backend.
+pytestmark = pytest.mark.slow_on_jax
+
 NAMES = [
     "it's",
     'say "hi"',
