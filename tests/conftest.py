@@ -3,6 +3,7 @@
 import gc
 import tempfile
 import threading
+import zlib
 
 import keras
 import pytest
@@ -21,12 +22,42 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 
+SHARED = (
+    "data/test_arrays.py",
+    "data/test_stream.py",
+    "look/test_opening.py",
+    "run/test_resume.py",
+    "run/test_rewind.py",
+    "test_bad_input.py",
+    "test_choose.py",
+    "test_features.py",
+    "test_fit.py",
+    "test_gears.py",
+    "test_loop.py",
+    "test_parity_contract.py",
+    "test_parity_data.py",
+    "test_parity_models.py",
+    "test_state.py",
+)
+"""Files whose tests the two backends share out: the quick suite runs each on one."""
+
+
 def pytest_collection_modifyitems(items):
-    """On JAX, what is marked as slow there is slow."""
-    if keras.backend.backend() == "jax":
-        for item in items:
-            if item.get_closest_marker("slow_on_jax") is not None:
-                item.add_marker(pytest.mark.slow)
+    """Leave to the slow suite what is slow on this backend, or the other one's share."""
+    jax = keras.backend.backend() == "jax"
+    for item in items:
+        on_tensorflow = any(
+            item.get_closest_marker(name) is not None
+            for name in ("once", "slow_on_jax")
+        )
+        if on_tensorflow:
+            is_slow = jax and item.get_closest_marker("slow_on_jax") is not None
+        else:
+            shared = item.nodeid.removeprefix("tests/").startswith(SHARED)
+            odd = zlib.crc32(item.nodeid.encode()) % 2 == 1
+            is_slow = shared and odd != jax
+        if is_slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
