@@ -43,7 +43,7 @@ SHARED = (
 
 
 def pytest_collection_modifyitems(items):
-    """Leave to the slow suite what is slow on this backend, or the other one's share."""
+    """Leave to the slow suite what is slow here, or the share of the other backend."""
     jax = keras.backend.backend() == "jax"
     for item in items:
         on_tensorflow = any(
