@@ -25,10 +25,11 @@ settings.load_profile("suite")
 SHARED = (
     "data/test_arrays.py",
     "data/test_stream.py",
-    "look/test_opening.py",
+    "look/",
     "run/test_resume.py",
     "run/test_rewind.py",
     "test_bad_input.py",
+    "test_bits.py",
     "test_choose.py",
     "test_features.py",
     "test_fit.py",
