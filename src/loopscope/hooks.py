@@ -55,6 +55,27 @@ def updates(around: Callable[[Method], Method]) -> list[Hook]:
     return [(optimizer, "apply", around), (scaled, "apply", around)]
 
 
+def given_to_apply(
+    optimizer: Any, grads: Iterable[Any], trainable_variables: Any
+) -> tuple[list[Any], list[Any]]:
+    """The gradients and the variables of a call of `apply`, as it takes them."""
+    known = trainable_variables is None
+    variables = optimizer._trainable_variables if known else trainable_variables
+    return list(grads), list(variables)
+
+
+def build_optimizer(optimizer: Any, variables: list[Any]) -> bool:
+    """Build it as its first `apply` would; whether that was still to be done."""
+    import keras
+
+    if optimizer.built:
+        return False
+    with keras.name_scope(optimizer.name, caller=optimizer):
+        optimizer.build(variables)
+    optimizer.built = True
+    return True
+
+
 def _in_this_thread(heard: Method, plain: Method, also: Callable[[], bool]) -> Method:
     here = threading.get_ident()
 
@@ -65,4 +86,12 @@ def _in_this_thread(heard: Method, plain: Method, also: Callable[[], bool]) -> M
     return method
 
 
-__all__ = ["Hook", "Method", "calls", "hooked", "updates"]
+__all__ = [
+    "Hook",
+    "Method",
+    "build_optimizer",
+    "calls",
+    "given_to_apply",
+    "hooked",
+    "updates",
+]

@@ -349,7 +349,7 @@ def find_lr(
     source = self.source(x, y, sample_weight, batch_size=batch_size)
     with self._ready(source) as gear:
         return trials.find_lr(
-            self._runner, source, gear, start=start, end=end, steps=steps
+            self._runner, source.sample(), gear, start=start, end=end, steps=steps
         )
 
 
@@ -382,7 +382,9 @@ def overfit(
     checks.count("steps", steps, least=1)
     source = self.source(x, y, sample_weight, batch_size=batch_size)
     with self._ready(source) as gear:
-        return trials.overfit(self._runner, source, gear, batches=batches, steps=steps)
+        return trials.overfit(
+            self._runner, source.sample(), gear, batches=batches, steps=steps
+        )
 
 
 def otherwise(

@@ -15,7 +15,7 @@ import numpy as np
 
 from loopscope import interrupt
 from loopscope.backend.base import Backend, Program, Step, Trace
-from loopscope.data.feed import Segment, Spec
+from loopscope.data.feed import NativeSpec, Segment, Spec
 from loopscope.discover import Found, discover, global_seed
 from loopscope.errors import StepError
 from loopscope.events import Compiled, Phase
@@ -138,11 +138,9 @@ class Runner:
         stage = self.stages[phase]
         key = repr(specs)
         if key not in stage.traces:
-            step, given = self.executable(phase), specs
-            if self._watches(phase):
-                watcher = stage.watchers[key] = Watcher(self.backend)
-                step, given = watcher.watched(step), (Spec((), "bool"), *specs)
-            trace = self.backend.trace(step, given, self._variables)
+            due = (Spec((), "bool"),) if self._watches(phase) else ()
+            step = self._step(phase, specs)
+            trace = self.backend.trace(step, (*due, *specs), self._variables)
             if phase != "predict":
                 _check_outputs(trace.outputs, stage.step, phase)
             stage.traces[key] = trace
@@ -151,6 +149,15 @@ class Runner:
 
     def _watches(self, phase: Phase) -> bool:
         return self.watched and phase == "train"
+
+    def _step(self, phase: Phase, specs: tuple[Any, ...]) -> Step:
+        """The phase's step as it is traced and run, watched if it is to be."""
+        step = self.executable(phase)
+        if not self._watches(phase):
+            return step
+        watchers, key = self.stages[phase].watchers, repr(specs)
+        watcher = watchers.setdefault(key, Watcher(self.backend))
+        return watcher.watched(step)
 
     def run(
         self,
@@ -227,18 +234,14 @@ class Runner:
         # An own step in the eager gear may do what cannot be traced.
         needs_trace = gear != EAGER or not stage.own
         trace = self.trace(phase, specs) if needs_trace else None
-        step, watched = self.executable(phase), self._watches(phase)
-        if watched:
-            new = Watcher(self.backend)
-            step = stage.watchers.setdefault(repr(specs), new).watched(step)
         return self.backend.program(
-            step,
+            self._step(phase, specs),
             gear,
             segment.feed,
             None if gear == EAGER else trace,
             trace.variables if trace else self.state.variables,
             self.capacity(phase, specs) if gear != EAGER else CAPACITY,
-            watched=watched,
+            watched=self._watches(phase),
         )
 
     def _first(
@@ -409,12 +412,10 @@ def _changes(
     first: dict[str, tuple[Any, ...]], gear: str, specs: tuple[Any, ...]
 ) -> tuple[str, ...]:
     """Each argument whose spec is not the first program's, as "path: was -> is"."""
-    import keras
-
     if gear not in first:
         first[gear] = specs
         return ()
-    was, now = (_by_path(keras.tree, s) for s in (first[gear], specs))
+    was, now = by_argument(first[gear]), by_argument(specs)
     changed = [
         f"{path}: {was.get(path, 'absent')} -> {now.get(path, 'absent')}"
         for path in dict.fromkeys([*was, *now])
@@ -423,13 +424,16 @@ def _changes(
     return tuple(changed) or ("number of examples or capacity of a chunk",)
 
 
-def _by_path(tree: Any, specs: tuple[Any, ...]) -> dict[str, Spec]:
+def by_argument(specs: tuple[Any, ...]) -> dict[str, Spec | NativeSpec]:
+    """Each array of a batch: `"x"`, `"x['name']"`, `"sample_weight"` and so on."""
+    import keras
+
     names = ("x", "y", "sample_weight")
     return {
         "".join([name, *(f"[{key!r}]" for key in path)]): spec
         for name, part in zip(names, specs, strict=False)
-        for path, spec in tree.flatten_with_path(part)
+        for path, spec in keras.tree.flatten_with_path(part)
     }
 
 
-__all__ = ["CAPACITY", "Done", "Runner"]
+__all__ = ["CAPACITY", "Done", "Runner", "by_argument"]

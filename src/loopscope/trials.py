@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loopscope.data.feed import Segment
-from loopscope.data.source import Source
 from loopscope.errors import UsageError
 from loopscope.gear import Gear
 from loopscope.runner import Runner
@@ -65,7 +64,7 @@ class Overfitted:
 
 def find_lr(
     runner: Runner,
-    source: Source,
+    segment: Segment,
     gear: Gear,
     *,
     start: float,
@@ -89,7 +88,7 @@ def find_lr(
     rates = np.geomspace(start, end, steps)
     losses, smoothed, mean, least = [], [], 0.0, float("inf")
     with runner.state.kept():
-        for i, part in enumerate(_steps(source, steps)):
+        for i, part in enumerate(_steps(segment, steps)):
             try:
                 optimizer.learning_rate = float(rates[i])  # type: ignore[union-attr]
             except (AttributeError, TypeError, ValueError) as error:
@@ -111,12 +110,12 @@ def find_lr(
 
 
 def overfit(
-    runner: Runner, source: Source, gear: Gear, *, batches: int, steps: int
+    runner: Runner, segment: Segment, gear: Gear, *, batches: int, steps: int
 ) -> Overfitted:
     """Train on the same few batches again and again. The state stays."""
     losses: list[float] = []
     with runner.state.kept():
-        few = list(_steps(source, batches))
+        few = list(_steps(segment, batches))
         for i in range(steps):
             losses.append(_loss(runner, gear, few[i % len(few)]))
             done = losses[-len(few) :]
@@ -127,9 +126,8 @@ def overfit(
     return Overfitted(np.asarray(losses), bool(last < LEARNT * first))
 
 
-def _steps(source: Source, count: int) -> Iterator[Segment]:
-    """So many single steps; those of a sample over again, where it has fewer."""
-    segment = source.sample()
+def _steps(segment: Segment, count: int) -> Iterator[Segment]:
+    """So many single steps; those of a segment over again, where it has fewer."""
     for i in range(count):
         at = segment.start + i % segment.steps
         yield Segment(segment.feed, at, at + 1)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.backend.base import Backend, Step
-from loopscope.hooks import calls, hooked, updates
+from loopscope.hooks import build_optimizer, calls, given_to_apply, hooked, updates
 
 SIGNALS = "loopscope/signals"
 """The entry of a step's outputs that holds its signals, one number each."""
@@ -214,17 +214,11 @@ class Watcher:
             notes = self._reached()
             if notes is None or self._applying:
                 return real(optimizer, grads, trainable_variables)
-            gradients = list(grads)
-            variables = trainable_variables
-            if variables is None:
-                variables = optimizer._trainable_variables
-            variables = list(variables)
-            read = self._backend.read
-            scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-            if scaled and not optimizer.built:
-                with keras.name_scope(optimizer.name, caller=optimizer):
-                    optimizer.build(variables)
-            scale = read(optimizer.dynamic_scale) if scaled else None
+            gradients, variables = given_to_apply(optimizer, grads, trainable_variables)
+            read, scale = self._backend.read, None
+            if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+                build_optimizer(optimizer, variables)
+                scale = read(optimizer.dynamic_scale)
             before = [read(v) for v in variables]
             self._applying = True
             try:

@@ -36,7 +36,7 @@ from loopscope.backend.base import (
     due_at,
     no_gradient,
 )
-from loopscope.data.adapters import out_of_order
+from loopscope.data.adapters import out_of_order, pipeline
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError
 from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GRAPH, XLA, Gear
@@ -246,7 +246,7 @@ class TensorFlowBackend:
     @contextmanager
     def scripted(self, audience: Audience) -> Iterator[None]:
         def shuffle(dataset: Any, buffer_size: Any, *rest: Any, **named: Any) -> Any:
-            parts = [type(part).__name__ for part in _pipeline(dataset)]
+            parts = [type(part).__name__ for part in pipeline(dataset)]
             if not out_of_order(dataset):
                 audience.shuffled(
                     int(buffer_size),
@@ -323,12 +323,6 @@ class _Told:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._function, name)
-
-
-def _pipeline(dataset: Any) -> Iterator[Any]:
-    yield dataset
-    for part in dataset._inputs():
-        yield from _pipeline(part)
 
 
 RANDOM = (

@@ -187,7 +187,7 @@ def is_pure(data: Any) -> bool:
         return True
     if type(data).__module__.startswith("grain"):
         return True  # Its random numbers are functions of a seed and a number.
-    parts = list(_pipeline(data))
+    parts = list(pipeline(data))
     return bool(parts) and all(type(p).__name__ in _SAME_EACH_TIME for p in parts)
 
 
@@ -200,7 +200,7 @@ def random_order(data: Any) -> str | None:
                 "cannot be set back; shuffle them once, and give `shuffle=False`"
             )
         data = data.data
-    for part in _pipeline(data):
+    for part in pipeline(data):
         seeds = [getattr(part, name, None) for name in ("_seed", "_seed2")]
         if "Shuffle" in type(part).__name__ and all(_is_zero(s) for s in seeds):
             return "tf.data's `shuffle` has no seed; give it one: `shuffle(n, seed=0)`"
@@ -239,7 +239,7 @@ def shuffles(data: Any) -> list[Shuffled]:
     None where the data were shuffled as a whole before.
     """
     data = data.data if isinstance(data, Adapted) else data
-    parts = list(_pipeline(data))
+    parts = list(pipeline(data))
     if out_of_order(data):
         return []
     found, batches = [], 0
@@ -264,7 +264,7 @@ def out_of_order(data: Any) -> bool:
 
     Keras's utilities shuffle them as a whole, once, and what is read with a buffer.
     """
-    for part in _pipeline(data):
+    for part in pipeline(data):
         for tensor in getattr(part, "_tensors", ()):
             places = type(part).__name__ == "_TensorDataset" and tensor.dtype.is_integer
             if len(tensor.shape) == 1 and (places or tensor.dtype.name == "string"):
@@ -277,15 +277,15 @@ def out_of_order(data: Any) -> bool:
 def caches(data: Any) -> bool:
     """Whether a tf.data pipeline remembers what was slow to make."""
     data = data.data if isinstance(data, Adapted) else data
-    return any("Cache" in type(part).__name__ for part in _pipeline(data))
+    return any("Cache" in type(part).__name__ for part in pipeline(data))
 
 
-def _pipeline(data: Any) -> Iterator[Any]:
+def pipeline(data: Any) -> Iterator[Any]:
     """The parts of a tf.data pipeline, none of anything else."""
     if hasattr(data, "element_spec") and hasattr(data, "_inputs"):
         yield data
         for part in data._inputs():
-            yield from _pipeline(part)
+            yield from pipeline(part)
 
 
 def _is_zero(seed: Any) -> bool:

@@ -42,12 +42,20 @@ class Source:
             if isinstance(node, kinds)
         ]
 
+    def line(self) -> int | None:
+        """The line that is being executed, of the innermost call."""
+        return next((frame.f_lineno for frame in self._own()), None)
+
+    def _own(self) -> Iterator[FrameType]:
+        """The calls of the script that are being executed, the innermost first."""
+        own = str(self._path)
+        return (f for f in _frames() if f.f_code.co_filename == own)
+
     def depth(self) -> int:
         """How many loops of the script are being executed."""
         return sum(
             first <= frame.f_lineno <= last
-            for frame in _frames()
-            if frame.f_code.co_filename == str(self._path)
+            for frame in self._own()
             for first, last in self._loops
         )
 
@@ -74,7 +82,7 @@ class Source:
 
 
 def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back

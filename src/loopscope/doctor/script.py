@@ -135,12 +135,7 @@ class Watching(Probe):
 
     def _line(self) -> int | None:
         """The line of the script that is being executed."""
-        frame: Any = sys._getframe()
-        while frame is not None:
-            if frame.f_code.co_filename == self._script:
-                return int(frame.f_lineno)
-            frame = frame.f_back
-        return None
+        return self._source.line()
 
     def _mark(self, what: str) -> None:
         line = self._line()

@@ -122,8 +122,11 @@ class Incidents:
             *_spikes("loss", losses, np.arange(len(losses)), self._losses),
             *_spikes("gradient_norm", signals.gradient_norms(), at, self._gradients),
         ]
+        finite = {"weight_norm", "update_norm"}
+        if not self._scales():  # That tries how far gradients can go.
+            finite.add("gradient_norm")
         for name, values in zip(signals.names, signals.values.T, strict=True):
-            if self._must_be_finite(name):
+            if name.partition("/")[0] in finite:
                 found += _not_finite(name, values[at], at)
         # A variable is not finite after its gradient: at one step, the cause first.
         order = {"gradient_norm": 0, "loss": 1}
@@ -136,12 +139,6 @@ class Incidents:
             ),
             default=None,
         )
-
-    def _must_be_finite(self, name: str) -> bool:
-        kind = name.partition("/")[0]
-        if kind == "gradient_norm":  # Loss scaling tries how far it can go.
-            return not self._scales()
-        return kind in ("weight_norm", "update_norm")
 
     def _scales(self) -> bool:
         import keras

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from loopscope.backend.base import Backend
-from loopscope.hooks import Hook, calls, hooked, updates
+from loopscope.hooks import (
+    Hook,
+    build_optimizer,
+    calls,
+    given_to_apply,
+    hooked,
+    updates,
+)
 
 CALLS = 8
 """How many calls of one layer are kept: a cell is called for every time step."""
@@ -298,15 +305,8 @@ class Probe:
 
     def _apply(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def apply(optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
-            grads = list(grads)
-            variables = trainable_variables
-            if variables is None:
-                variables = optimizer._trainable_variables
-            variables = list(variables)
-            if not optimizer.built:
-                with _scope(optimizer):
-                    optimizer.build(variables)
-                optimizer.built = True
+            grads, variables = given_to_apply(optimizer, grads, trainable_variables)
+            if build_optimizer(optimizer, variables):
                 read = self._backend.read
                 self.born += [(v, read(v)) for v in optimizer.variables]
             if not self.applied and not self.judged:
@@ -317,13 +317,6 @@ class Probe:
                 return real(optimizer, grads, variables)
 
         return apply
-
-
-def _scope(optimizer: Any) -> Any:
-    """The scope of names in which Keras builds an optimizer."""
-    import keras
-
-    return keras.name_scope(optimizer.name, caller=optimizer)
 
 
 def _owner(kind: type, name: str) -> type:

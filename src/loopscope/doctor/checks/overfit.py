@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,8 +110,7 @@ def _losses(
     with facts.runner.state.kept():
         if rate is not None:
             facts.backend.assign(inner._learning_rate, rate)
-        source: Any = SimpleNamespace(sample=lambda: one)
-        return overfit(facts.runner, source, facts.brisk, batches=1, steps=steps).losses
+        return overfit(facts.runner, one, facts.brisk, batches=1, steps=steps).losses
 
 
 def _means(losses: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from loopscope.data.feed import Feed, NativeSpec, Segment, Spec
 from loopscope.doctor.facts import Facts
 from loopscope.doctor.finding import Finding
 from loopscope.gear import EAGER
+from loopscope.runner import by_argument
 
 MANY = 6
 """Programs: fewer are a ragged last batch, or some buckets."""
@@ -91,16 +92,7 @@ def _text(specs: Any) -> str:
 
 def _differences(one: Feed, other: Feed) -> Iterator[str]:
     """Each argument in which two batches differ."""
-    import keras
-
-    was, now = (
-        {
-            "".join([name, *(f"[{key!r}]" for key in path)]): str(spec)
-            for name, part in zip(("x", "y", "sample_weight"), _specs(f), strict=False)
-            for path, spec in keras.tree.flatten_with_path(part)
-        }
-        for f in (one, other)
-    )
+    was, now = by_argument(_specs(one)), by_argument(_specs(other))
     for path, spec in now.items():
         if spec != was.get(path):
             yield f"argument {path}: {was.get(path, 'absent')}, then {spec}"
