@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from part import in_process
 
 FAST = {"tensorflow": "fused-xla", "jax": "fused-xla"}
 """The gear that `auto` chooses for the tutorial's MLP."""
@@ -51,25 +50,13 @@ def measure(
     def ask(about: str, part: str, backend: str, **arguments: Any) -> dict[str, Any]:
         say(f"recording: {about}")
         load = os.getloadavg()[0]
-        done = subprocess.run(
-            [sys.executable, str(HERE / "recording.py"), part, json.dumps(arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=HERE,
-            env={
-                **os.environ,
-                "KERAS_BACKEND": backend,
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                "LOOPSCOPE_CACHE": "0",
-            },
-        )
         row = {"backend": backend, "part": part, "load": load, **arguments}
-        if done.returncode:
-            error = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            say(f"recording: {about}: {error}")
-            return row | {"error": error}
-        return row | json.loads(done.stdout)
+        return row | in_process(
+            "recording.py",
+            *(part, json.dumps(arguments)),
+            backend=backend,
+            failed=lambda error: say(f"recording: {about}: {error}"),
+        )
 
     pieces = [("mlp", b, FAST[b], 20, 11) for b in backends]
     if "tensorflow" in backends and not quick:

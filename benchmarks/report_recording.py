@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from target import Target, table_of
+from target import Target, percent, table_of
 from workloads import WORKLOADS
 
 Row = dict[str, Any]
@@ -75,11 +75,11 @@ def targets(found: dict[str, Any]) -> list[Target]:
                 continue
             shares = _shares(row, way, "steady_s")
             cpu = statistics.median(_shares(row, way, "steady_cpu_s"))
-            noise = _percent(_shares(row, "nothing", "steady_s"))
+            noise = percent(_shares(row, "nothing", "steady_s"))
             made.append(
                 Target(
                     statement,
-                    f"{_percent(shares)} %; of the quietest pieces "
+                    f"{percent(shares)} %; of the quietest pieces "
                     f"{_quietest(row, way):+.1f} %; of processor time {cpu:+.1f} %; "
                     f"two unrecorded ones differ by {noise} %",
                     statistics.median(shares) <= limit,
@@ -166,7 +166,7 @@ def _cost(rows: Sequence[Row]) -> list[str]:
             continue
         for way, words in WAYS.items():
             steady, *rest = (
-                _percent(_shares(row, way, key))
+                percent(_shares(row, way, key))
                 for key in ("steady_s", "steady_cpu_s", "whole_s", "whole_cpu_s")
             )
             cells = " | ".join([steady, f"{_quietest(row, way):+.1f}", *rest])
@@ -392,12 +392,6 @@ def _handles(row: Row) -> int:
 
 def _mb(mib: float) -> float:
     return mib * 2**20 / 1e6
-
-
-def _percent(shares: Sequence[float]) -> str:
-    return (
-        f"{statistics.median(shares):+.1f} ({min(shares):+.1f} to {max(shares):+.1f})"
-    )
 
 
 def _spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:

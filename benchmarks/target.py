@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -20,6 +22,13 @@ class Target:
     reached: str
     met: bool | None
     why: str = ""
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Shares of some rounds: the median, the least and the most."""
+    return (
+        f"{statistics.median(shares):+.1f} ({min(shares):+.1f} to {max(shares):+.1f})"
+    )
 
 
 def table_of(made: list[Target]) -> list[str]:

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from target import Target, table_of
-
-HERE = Path(__file__).parent
+from part import in_process
+from target import Target, percent, table_of
 
 PARTS = (
     ("mlp", "tensorflow", "fused-xla", 8),
@@ -62,26 +58,13 @@ def measure(
             "epochs": 1 if quick else epochs,
             "rounds": rounds or (3 if quick else 11),
         }
-        done = subprocess.run(
-            [sys.executable, str(HERE / "watching.py"), json.dumps(arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=HERE,
-            env={
-                **os.environ,
-                "KERAS_BACKEND": backend,
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                "LOOPSCOPE_CACHE": "0",
-            },
+        found = in_process(
+            "watching.py",
+            json.dumps(arguments),
+            backend=backend,
+            failed=lambda error: say(f"watching: {error}"),
         )
-        row: Row = {"backend": backend, **arguments}
-        if done.returncode:
-            error = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            say(f"watching: {error}")
-            rows.append(row | {"error": error})
-        else:
-            rows.append(row | json.loads(done.stdout))
+        rows.append({"backend": backend, **arguments, **found})
     return rows
 
 
@@ -149,7 +132,7 @@ def page(rows: Sequence[Row], about: str) -> str:
         for kind in ("k = 10", "k = 1", "off again"):
             shares = _shares(row, kind)
             lines.append(
-                f"{where} {off_ms:.3f} | {kind} | {_words(shares)} | "
+                f"{where} {off_ms:.3f} | {kind} | {percent(shares)} | "
                 f"{_quietest(row, kind):+.1f} |"
             )
     return "\n".join(lines) + "\n"
@@ -169,8 +152,8 @@ def _target(row: Row) -> Target:
     shares = _shares(row, "k = 10")
     quietest = _quietest(row, "k = 10")
     reached = (
-        f"{_words(shares)} %; of the quietest pieces {quietest:+.1f} %; "
-        f"nothing, measured as the others: {_words(_shares(row, 'off again'))} %"
+        f"{percent(shares)} %; of the quietest pieces {quietest:+.1f} %; "
+        f"nothing, measured as the others: {percent(_shares(row, 'off again'))} %"
     )
     return Target(statement, reached, statistics.median(shares) <= MOST)
 
@@ -193,11 +176,6 @@ def _quietest(row: Row, kind: str) -> float:
     names = ["off"] if kind == "off again" else ["off", "off again"]
     best = min(min(seconds[name]) for name in names)
     return float(100 * (min(seconds[kind]) / best - 1))
-
-
-def _words(shares: Sequence[float]) -> str:
-    middle = statistics.median(shares)
-    return f"{middle:+.1f} ({min(shares):+.1f} to {max(shares):+.1f})"
 
 
 if __name__ == "__main__":
