@@ -9,6 +9,8 @@ import keras
 import pytest
 from hypothesis import settings
 
+from loopscope.gear import GEARS
+
 if keras.backend.backend() == "jax":
     # Many tests compile the same small programs: once is enough.
     import jax
@@ -40,25 +42,37 @@ SHARED = (
     "test_parity_models.py",
     "test_state.py",
 )
-"""Files whose tests the two backends share out: the quick suite runs each on one."""
+"""Files whose tests the backends share out: the quick suite has each on one of them."""
+
+
+OF_ONE = ("divided", "once", "skipif", "slow_on_jax")
+"""Marks of tests that the quick suite may have on one of the backends only."""
 
 
 def pytest_collection_modifyitems(items):
     """Leave to the slow suite what is slow here, or the share of the other backend."""
     jax = keras.backend.backend() == "jax"
     for item in items:
-        on_tensorflow = any(
-            item.get_closest_marker(name) is not None
-            for name in ("once", "slow_on_jax")
-        )
-        if on_tensorflow:
-            is_slow = jax and item.get_closest_marker("slow_on_jax") is not None
-        else:
-            shared = item.nodeid.removeprefix("tests/").startswith(SHARED)
-            odd = zlib.crc32(item.nodeid.encode()) % 2 == 1
-            is_slow = shared and odd != jax
-        if is_slow:
+        is_slow = jax and item.get_closest_marker("slow_on_jax") is not None
+        if is_slow or (_is_shared(item) and _is_for_jax(item) != jax):
             item.add_marker(pytest.mark.slow)
+
+
+def _is_shared(item):
+    """Whether both backends have this very test, and one of them is enough."""
+    if any(item.get_closest_marker(name) is not None for name in OF_ONE):
+        return False
+    parameters = getattr(item, "callspec", None)
+    values = parameters.params.values() if parameters is not None else ()
+    # Which gears there are, and which of them are quick, the backends differ in.
+    if any(isinstance(value, str) and value in GEARS for value in values):
+        return False
+    return item.nodeid.removeprefix("tests/").startswith(SHARED)
+
+
+def _is_for_jax(item):
+    """Three in five: JAX has fewer tests that are its alone."""
+    return zlib.crc32(item.nodeid.encode()) % 5 > 1
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,11 @@ BRIEF = [
 """All gears; those that compile for seconds on TensorFlow are left to `test-slow`."""
 
 
-quick_on_jax = pytest.mark.slow if TENSORFLOW else lambda test: test
-"""A test that trains too often to be quick on both backends."""
+def quick_on_jax(test):
+    """A test that trains too often to be quick on both backends."""
+    test = pytest.mark.divided(test)
+    return pytest.mark.slow(test) if TENSORFLOW else test
+
 
 ONE_GEAR = [
     gear if gear == FUSED else pytest.param(gear, marks=pytest.mark.slow)
@@ -48,20 +51,21 @@ def thinned(values, every, *, ids=str):
     return _marked(values, lambda i: TENSORFLOW or i % every == 0, ids)
 
 
-def some_of(builders, on_tensorflow, on_jax, every=4):
-    """Functions, as parameters: one in so many in the quick suite, from these on."""
+def some_of(values, on_tensorflow, on_jax, every=4, *, ids=lambda v: v.__name__):
+    """All values, as parameters: in the quick suite one in so many, from these on."""
     first = on_tensorflow if TENSORFLOW else on_jax
-    return _marked(builders, lambda i: i % every == first, lambda build: build.__name__)
+    return _marked(values, lambda i: i % every == first, ids)
 
 
 def halved(values, *, ids=str):
     """All values, as parameters: in the quick suite each on one of the backends."""
-    return _marked(values, lambda i: i % 2 == (0 if TENSORFLOW else 1), ids)
+    return some_of(values, 0, 1, every=2, ids=ids)
 
 
 def _marked(values, quick, ids):
+    mark, slow = pytest.mark.divided, pytest.mark.slow
     return [
-        pytest.param(value, id=ids(value), marks=[] if quick(i) else pytest.mark.slow)
+        pytest.param(value, id=ids(value), marks=[mark] if quick(i) else [mark, slow])
         for i, value in enumerate(values)
     ]
 
