@@ -160,7 +160,8 @@ def sigmoid_under_from_logits(f):
 
 @bug("from_logits")
 def binary_logits_without_from_logits(f):
-    model = f.model(layers.Dense(1, bias_initializer="ones"))
+    far = keras.initializers.Constant(5)
+    model = f.model(layers.Dense(1, bias_initializer=far))
     loss = keras.losses.BinaryCrossentropy()
     return built_in(model, loss), (4 * f.x(), f.y(count=2)[:, None])
 
@@ -343,8 +344,9 @@ def units_that_are_dead(f):
 @bug("saturation")
 def large_initial_weights(f):
     large = keras.initializers.RandomNormal(stddev=1000)
-    model = f.model(layers.Dense(3, kernel_initializer=large))
-    return built_in(model), (f.x(), f.y())
+    # Of ten classes few are hit by chance.
+    model = f.model(layers.Dense(10, kernel_initializer=large))
+    return built_in(model), (f.x(), f.y(count=10))
 
 
 @bug("update_ratio")

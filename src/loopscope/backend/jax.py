@@ -446,7 +446,7 @@ def _glanced(
         _Observed.level = index._trace
         new, outputs = pure(values, arrays, order, index)
         notes[:] = observer.noted()
-        traced = [n for n in notes if isinstance(n, jax.core.Tracer)]
+        traced = {id(n): n for n in notes if isinstance(n, jax.core.Tracer)}
         # What is not asked for is not compiled.
         return [] if observer.forward_only else new, outputs, traced
 
@@ -456,10 +456,8 @@ def _glanced(
     finally:
         _Observed.level = None
     new, outputs, traced = lowered.compile(compiler_options=QUICKLY)(*given)
-    found = iter(traced)
-    observer.resolved(
-        [next(found) if isinstance(n, jax.core.Tracer) else n for n in notes]
-    )
+    # What was one array stays one.
+    observer.resolved([traced.get(id(n), n) for n in notes])
     if new:
         _store(variables, new)
     return map_structure(lambda leaf: np.asarray(leaf)[None], outputs)

@@ -272,9 +272,10 @@ class Glance(Facts):
             )
             again.batches = self.batches  # Bad data are found once.
             confirmed, _ = again._made(sorted({f.check for f in found}))
-            seen = {(f.check, f.where) for f in confirmed}
+            # Which of several variables is the worst may change from step to step.
+            seen = {f.check for f in confirmed}
             if not again.why_not:
-                found = [f for f in found if (f.check, f.where) in seen]
+                found = [f for f in found if f.check in seen]
         return sorted(found, key=lambda f: f.severity != "error"), made
 
     def _made(self, names: Sequence[str]) -> tuple[list[Finding], tuple[str, ...]]:
