@@ -309,7 +309,8 @@ def with_callbacks(chosen: argparse.Namespace, say: Say) -> list[Row]:
 
 
 def page_alone(chosen: argparse.Namespace, say: Say) -> None:
-    """Measure recorded runs, or watched training; print the page, or write it."""
+    """Measure a section that has a page of its own; print the page, or write it."""
+    import pytorch
     import recording
     import report_recording
     import watching
@@ -317,15 +318,19 @@ def page_alone(chosen: argparse.Namespace, say: Say) -> None:
 
     began = time.perf_counter()
     name = chosen.only
-    measure = recording.measure if name == "recording" else watching.measure
+    sections: dict[str, tuple[Callable[..., Any], Callable[..., str]]] = {
+        "pytorch": (pytorch.measure, pytorch.page),
+        "recording": (recording.measure, report_recording.page),
+        "watching": (watching.measure, watching.page),
+    }
+    measure, page = sections[name]
     found: Any = measure(chosen.backends, chosen.rounds, chosen.quick, say)
     minutes = (time.perf_counter() - began) / 60
     command = f"benchmarks/run.py --only {name}"
     command += f" --rounds {chosen.rounds}" if chosen.rounds else ""
     command += " --quick" if chosen.quick else ""
-    versions = versions_of(chosen.backends)
+    versions = versions_of(["torch"] if name == "pytorch" else chosen.backends)
     on = f"; runs were recorded on {found['folder']}" if name == "recording" else ""
-    page = report_recording.page if name == "recording" else watching.page
     text = page(
         found,
         f"Machine: {machine()}{on}. "
@@ -366,9 +371,9 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--only",
-        choices=("callbacks", "recording", "watching"),
+        choices=("callbacks", "pytorch", "recording", "watching"),
         help="measure this section alone and print its tables; writes no files, but "
-        "results-recording.md or results-watching.md where --out is given",
+        "results-SECTION.md where --out is given (not for callbacks)",
     )
     parser.add_argument(
         "--no-callbacks", action="store_true", help="leave fit with callbacks out"

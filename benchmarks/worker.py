@@ -84,7 +84,7 @@ def versions() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("loopscope", "keras", "tensorflow", "jax", "numpy"):
+    for name in ("loopscope", "keras", "tensorflow", "jax", "torch", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

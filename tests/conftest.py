@@ -11,7 +11,9 @@ from hypothesis import settings
 
 from loopscope.gear import GEARS
 
-if keras.backend.backend() == "jax":
+BACKEND = keras.backend.backend()
+
+if BACKEND == "jax":
     # Many tests compile the same small programs: once is enough.
     import jax
 
@@ -45,14 +47,36 @@ SHARED = (
 """Files whose tests the backends share out: the quick suite has each on one of them."""
 
 
+ON_TORCH = (
+    "data/",
+    "look/",
+    "run/test_rewind.py",
+    "run/test_resume.py",
+    "test_backend_contract.py",
+    "test_bad_input.py",
+    "test_bits.py",
+    "test_discover.py",
+    "test_features.py",
+    "test_fit.py",
+    "test_gears.py",
+    "test_loop.py",
+    "test_state.py",
+    "test_torch.py",
+    "test_trials.py",
+)
+"""Files whose tests are made for PyTorch as well; the others know two backends."""
+
+
 OF_ONE = ("divided", "once", "skipif", "slow_on_jax")
 """Marks of tests that the quick suite may have on one of the backends only."""
 
 
 def pytest_collection_modifyitems(items):
     """Leave to the slow suite what is slow here, or the share of the other backend."""
-    jax = keras.backend.backend() == "jax"
+    jax = BACKEND == "jax"
     for item in items:
+        if BACKEND == "torch" and not _place(item).startswith(ON_TORCH):
+            item.add_marker(pytest.mark.skip(reason="not made for PyTorch"))
         is_slow = jax and item.get_closest_marker("slow_on_jax") is not None
         if is_slow or (_is_shared(item) and _is_for_jax(item) != jax):
             item.add_marker(pytest.mark.slow)
@@ -67,7 +91,11 @@ def _is_shared(item):
     # Which gears there are, and which of them are quick, the backends differ in.
     if any(isinstance(value, str) and value in GEARS for value in values):
         return False
-    return item.nodeid.removeprefix("tests/").startswith(SHARED)
+    return _place(item).startswith(SHARED)
+
+
+def _place(item):
+    return item.nodeid.removeprefix("tests/")
 
 
 def _is_for_jax(item):

@@ -18,10 +18,15 @@ import loopscope
 from loopscope import Loop, backend
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
+JAX = keras.backend.backend() == "jax"
+TORCH = keras.backend.backend() == "torch"
 GEARS = [gear.name for gear in backend.current().gears]
 COMPILED = [name for name in GEARS if name != "eager"]
-FUSED = "fused-graph" if TENSORFLOW else "fused-xla"
-"""The fused gear that compiles fastest: for tests of what is the same in all."""
+FUSED = "fused-graph" if TENSORFLOW else "eager" if TORCH else "fused-xla"
+"""The fused gear that compiles fastest: for tests of what is the same in all.
+
+PyTorch has none.
+"""
 
 BRIEF = [
     pytest.param(gear, marks=pytest.mark.slow) if TENSORFLOW and "xla" in gear else gear
@@ -70,7 +75,7 @@ def _marked(values, quick, ids):
     ]
 
 
-STEP = "graph" if TENSORFLOW else "xla"
+STEP = "graph" if TENSORFLOW or TORCH else "xla"
 """The gear that compiles one step."""
 
 BATCH = 8
@@ -436,7 +441,7 @@ def subclassed():
             **options,
         )
 
-    return make, (numbers(BATCH, 3), numbers(BATCH, 2, seed=8))
+    return make, (numbers(BATCH, 3), 2 + numbers(BATCH, 2, seed=8))
 
 
 ALL = [

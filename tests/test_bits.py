@@ -15,6 +15,7 @@ from models import (
     COMPILED,
     FUSED,
     GEARS,
+    TORCH,
     Batches,
     all_kinds_loop,
     blobs,
@@ -189,6 +190,7 @@ def test_a_second_training_and_an_evaluation_between_compile_nothing_new():
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.skipif(TORCH, reason="without XLA")
 def test_xla_itself_compiles_nothing_after_the_first_epoch(tmp_path):
     """Counted by the files that XLA writes, one for each module it compiles."""
     program = """

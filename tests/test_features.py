@@ -214,9 +214,8 @@ def test_dropout_draws_another_mask_in_each_step_of_a_chunk():
 
 def test_dropout_trains_as_under_keras():
     # Same operations, same seed: the graph of Keras and ours draw the same masks.
-    gear = "fused-graph" if TENSORFLOW else "fused-xla"
     against_keras(
-        of(keras.optimizers.SGD, model=dropout_model), *blobs(ROWS), gear=gear
+        of(keras.optimizers.SGD, model=dropout_model), *blobs(ROWS), gear=FUSED
     )
 
 

@@ -13,6 +13,7 @@ from models import (
     COMPILED,
     GEARS,
     TENSORFLOW,
+    TORCH,
     all_kinds_loop,
     blobs,
     classes,
@@ -28,6 +29,7 @@ from models import (
 
 TOLERANCE = 1e-5
 TF_GEARS = (GRAPH, FUSED_GRAPH, XLA, FUSED_XLA, EAGER)
+TORCH_GEARS = (EAGER, GRAPH)
 JAX_GEARS = (XLA, FUSED_XLA, EAGER)
 
 
@@ -137,6 +139,22 @@ def test_without_graphs_the_words_of_keras_mean_xla(words, expected):
     assert resolve("auto", JAX_GEARS, backend="jax", **words) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"run_eagerly": True}, EAGER),
+        ({"jit_compile": True}, GRAPH),
+        ({"jit_compile": False}, EAGER),
+        ({"run_eagerly": False}, GRAPH),
+        ({"steps_per_execution": 1}, GRAPH),
+    ],
+)
+def test_without_xla_the_words_of_keras_mean_the_only_compiler(words, expected):
+    assert resolve("auto", TORCH_GEARS, backend="torch", **words) == expected
+    words.pop("steps_per_execution", None)
+    assert expected == resolve(expected, TORCH_GEARS, backend="torch", **words)
+
+
 @pytest.mark.parametrize("name", list(gear.GEARS))
 def test_a_name_and_its_own_triple_do_not_contradict_each_other(name):
     wanted = gear.GEARS[name]
@@ -175,7 +193,8 @@ def test_a_loop_refuses_a_gear_of_another_backend_and_leaves_the_model_uncompile
     missing = [name for name in gear.GEARS if name not in GEARS]
     for name in missing:
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-        with pytest.raises(GearError, match=f"has no gear '{name}'"):
+        why = backend.current().lacking[name]
+        with pytest.raises(GearError, match=f"has no gear '{name}': {why}. It has"):
             small_loop(name, model=model)
         assert not model.compiled
     assert bool(missing) != TENSORFLOW
@@ -228,6 +247,7 @@ def test_steps_per_execution_that_is_no_whole_number_is_refused(steps):
         resolve("auto", TF_GEARS, backend="tensorflow", steps_per_execution=steps)
 
 
+@pytest.mark.skipif(TORCH, reason="PyTorch has no fused gear")
 def test_steps_per_execution_bounds_a_chunk():
     loop = small_loop("auto", steps_per_execution=3)
     sizes = []
@@ -235,6 +255,13 @@ def test_steps_per_execution_bounds_a_chunk():
     loop.fit(*blobs(56), batch_size=8, verbose=0)
     assert loop.gear.fused
     assert max(s for s in sizes[1:-1] if s is not None and s < 7) == 3
+
+
+@pytest.mark.skipif(not TORCH, reason="the others have a fused gear")
+def test_several_steps_per_execution_are_refused_where_no_gear_fuses():
+    why = "PyTorch's compiler has no loop over steps that changes variables"
+    with pytest.raises(GearError, match=f"no gear 'fused-graph': {why}. It has"):
+        small_loop("auto", steps_per_execution=3)
 
 
 def test_a_model_that_asks_for_eager_runs_in_eager():
@@ -245,6 +272,6 @@ def test_a_model_that_asks_for_eager_runs_in_eager():
 
 
 def test_the_backend_lists_its_gears_with_the_surest_first():
-    first = backend.current().gears[0]
-    assert first == (GRAPH if TENSORFLOW else XLA)
-    assert backend.current().gears[-1] == EAGER
+    gears = backend.current().gears
+    assert gears[0] == (GRAPH if TENSORFLOW else EAGER if TORCH else XLA)
+    assert TORCH or gears[-1] == EAGER

@@ -26,12 +26,18 @@ from loopscope.cpu import cpu_line
 from loopscope.data.feed import Segment
 from loopscope.data.source import Source
 from loopscope.events import Phase
-from loopscope.gear import FUSED_GRAPH, FUSED_XLA, GEARS, GRAPH, XLA, Gear
+from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GEARS, GRAPH, XLA, Gear
 from loopscope.runner import Runner
 
 SLACK_SHARE, SLACK_S = 0.05, 2.0
+EAGER_SLACK_SHARE = 0.2
+"""The share where the plain gear is eager: it seldom happens that a graph loses."""
+
 TRIAL_S = 0.15
 """How long a gear is measured, compilation apart."""
+
+INDUCTOR_S = 20.0
+"""What PyTorch's compiler may take for a step."""
 
 LOSING = 2.5
 """A trial that is so many times slower than the best ends after one step."""
@@ -123,7 +129,8 @@ def _try_gears(
     copies: int,
     known: Mapping[str, Trial],
 ) -> dict[str, Trial]:
-    plain, *others = (g for g in runner.backend.gears if not g.run_eagerly)
+    gears = runner.backend.gears
+    plain, *others = (g for g in gears if not g.run_eagerly or g == gears[0])
     segment = source.sample()
     trials, spent = dict(known), 0.0
     if plain.name not in trials:
@@ -131,7 +138,8 @@ def _try_gears(
         spent = TRIAL_S  # Its compilation counts for the training, its steps do not.
     first = trials[plain.name]
     total = first.total_s(steps, copies)
-    allowed = max(SLACK_SHARE * total, SLACK_S)
+    share = EAGER_SLACK_SHARE if plain.run_eagerly else SLACK_SHARE
+    allowed = max(share * total, SLACK_S)
     for gear in (g for g in others if g.name not in trials):
         best_s = min(t.step_s for t in trials.values())
         hoped_s, cost_s = _forecast(gear, trials)
@@ -158,6 +166,9 @@ def _forecast(gear: Gear, trials: Mapping[str, Trial]) -> tuple[float, float]:
     8 times what the graph took, 1.4 times for fusing a graph, twice for fusing under
     XLA.
     """
+    if gear == GRAPH:
+        plain = trials[EAGER.name]
+        return 0.3 * plain.step_s, INDUCTOR_S
     if gear == FUSED_GRAPH:
         plain = trials[GRAPH.name]
         hoped_s = plain.step_s - min(0.8 * plain.step_s, 1.5e-3)

@@ -7,6 +7,7 @@
     │   ├── StepError                    a step that does not keep its contract
     │   ├── ExperimentError              an experiment that cannot be imported
     │   └── RunError                     a run folder that cannot be used so
+    ├── TraceError                       a step of which there is no graph
     └── BackendError (also an ImportError)  a backend that is missing or unknown
 
 An exception of the user's own (in a source, a step, a callback) is never
@@ -43,6 +44,10 @@ class ExperimentError(UsageError):
 
 class RunError(UsageError):
     """A run folder that is missing, damaged, in use, or not the one expected."""
+
+
+class TraceError(LoopscopeError):
+    """A step of which there is no graph. Gear eager runs it; nothing was changed."""
 
 
 class BackendError(LoopscopeError, ImportError):

@@ -171,7 +171,12 @@ def _listed(
     backend = runner.backend
     wanted = {backend.gears[0], gear} if names is None else {gear}
     for name in names or ():
-        found = resolve(name, backend.gears, backend=backend.name)
+        found = resolve(
+            name,
+            backend.gears,
+            backend=backend.name,
+            lacking=backend.lacking,
+        )
         if found is None:
             raise GearError("Expected the names of gears. Received: gears=['auto']")
         wanted.add(found)

@@ -7,7 +7,7 @@ backend; which one pays, by `choose.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ FUSED_XLA = Gear("fused-xla", run_eagerly=False, jit_compile=True, fused=True)
 
 GEARS = {gear.name: gear for gear in (EAGER, GRAPH, XLA, FUSED_GRAPH, FUSED_XLA)}
 AUTO: Literal["auto"] = "auto"
+NONE: Mapping[str, str] = {}
 
 
 def resolve(
@@ -47,6 +48,7 @@ def resolve(
     available: Iterable[Gear],
     *,
     backend: str,
+    lacking: Mapping[str, str] = NONE,
     run_eagerly: bool | None = None,
     jit_compile: bool | str | None = None,
     steps_per_execution: int | None = None,
@@ -57,6 +59,7 @@ def resolve(
         gear: A name, a `Gear`, or `"auto"`.
         available: The gears of this backend.
         backend: The backend's name, for the error text.
+        lacking: Why it lacks a gear, by the gear's name, for the error text.
         run_eagerly: Keras's word; `True` asks for `eager`.
         jit_compile: Keras's word; `True` asks for XLA, `False` refuses it,
             `None` and `"auto"` leave it open.
@@ -89,14 +92,20 @@ def resolve(
         )
     else:
         wanted = GEARS[gear]
-        _refuse_contradiction(wanted, run_eagerly, jit_compile)
+        _refuse_contradiction(wanted, run_eagerly, jit_compile, gears)
     if wanted not in gears:
+        why = f": {lacking[wanted.name]}" if wanted.name in lacking else ""
         raise GearError(
-            f"The {backend!r} backend has no gear {wanted.name!r}. "
+            f"The {backend!r} backend has no gear {wanted.name!r}{why}. "
             f"It has: {names}. Choose one of these, or 'auto'. "
             f"Received: gear={gear!r}"
         )
     return wanted
+
+
+def compiled(gears: Iterable[Gear]) -> Gear:
+    """The surest of a backend's gears that compile."""
+    return next(gear for gear in gears if not gear.run_eagerly)
 
 
 def words_of(model: Any) -> dict[str, bool]:
@@ -131,6 +140,9 @@ def _from_triple(
             )
         return EAGER
     fused = (steps_per_execution or 1) > 1
+    if XLA not in gears and not fused:
+        # A backend without XLA (PyTorch) compiles by its own compiler, or not at all.
+        return EAGER if jit_compile is False else GRAPH
     # A backend without graphs (JAX) compiles everything that is not eager.
     jit = jit_compile is True or (jit_compile is not False and GRAPH not in gears)
     return next(
@@ -141,11 +153,15 @@ def _from_triple(
 
 
 def _refuse_contradiction(
-    gear: Gear, run_eagerly: bool | None, jit_compile: bool | str | None
+    gear: Gear,
+    run_eagerly: bool | None,
+    jit_compile: bool | str | None,
+    gears: tuple[Gear, ...],
 ) -> None:
+    compiles = gear.jit_compile or (XLA not in gears and not gear.run_eagerly)
     for word, asked, has in (
         ("run_eagerly", run_eagerly, gear.run_eagerly),
-        ("jit_compile", jit_compile, gear.jit_compile),
+        ("jit_compile", jit_compile, compiles),
     ):
         if isinstance(asked, bool) and asked != has:
             raise GearError(

@@ -25,7 +25,7 @@ from loopscope.choose import choose
 from loopscope.data.feed import Segment
 from loopscope.data.source import Source, as_source
 from loopscope.epoch import Epoch
-from loopscope.errors import DataError, UsageError
+from loopscope.errors import DataError, TraceError, UsageError
 from loopscope.events import (
     PHASES,
     ChunkBegin,
@@ -128,6 +128,7 @@ class Loop:
             gear,
             self.backend.gears,
             backend=self.backend.name,
+            lacking=self.backend.lacking,
             run_eagerly=run_eagerly,
             jit_compile=jit_compile,
             steps_per_execution=steps_per_execution,
@@ -269,7 +270,10 @@ class Loop:
     @gear.setter
     def gear(self, gear: str | Gear) -> None:
         self._gear = self._test_gear = resolve(
-            gear, self.backend.gears, backend=self.backend.name
+            gear,
+            self.backend.gears,
+            backend=self.backend.name,
+            lacking=self.backend.lacking,
         )
 
     @property
@@ -818,12 +822,15 @@ class Loop:
             raise
         except Exception as error:
             received = checks.words(source.specs)
-            if not stage.own:
+            anew = gear is None and self._gear is None and phase == "train"
+            if isinstance(error, TraceError) and gear in (None, EAGER) and not anew:
+                return EAGER
+            if not (stage.own or isinstance(error, TraceError)):
                 raise DataError(
                     f"The {phase} step cannot run on these data. Received: {received}. "
                     f"Keras says: {error}"
                 ) from error
-            if gear is not None or self._gear is not None or phase != "train":
+            if not anew:
                 error.add_note(
                     f"loopscope: raised while tracing the {phase} step on {received}; "
                     "no step was run. Gear 'eager' runs steps without tracing them."

@@ -324,7 +324,12 @@ class Replayer:
             start = self._checkpoint_before(run, step)
             moments: list[Moment] = []
             backend = self._loop.backend
-            asked = resolve(gear, backend.gears, backend=backend.name)
+            asked = resolve(
+                gear,
+                backend.gears,
+                backend=backend.name,
+                lacking=backend.lacking,
+            )
             if asked is None:
                 raise UsageError("Expected the name of a gear. Received: 'auto'")
 

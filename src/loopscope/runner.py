@@ -17,7 +17,7 @@ from loopscope import interrupt
 from loopscope.backend.base import Backend, Program, Step, Trace
 from loopscope.data.feed import NativeSpec, Segment, Spec
 from loopscope.discover import Found, discover, global_seed
-from loopscope.errors import StepError
+from loopscope.errors import StepError, TraceError
 from loopscope.events import Compiled, Phase
 from loopscope.gear import EAGER, Gear
 from loopscope.state import State
@@ -127,7 +127,7 @@ class Runner:
                 variables += trace.variables
             if stage.own and not stage.traces:
                 variables += global_seed()
-        return variables
+        return [*variables, *self.backend.random_state()]
 
     def trace(self, phase: Phase, specs: tuple[Any, ...]) -> Trace:
         """The trace of a phase's step on a batch of these specs.
@@ -231,9 +231,14 @@ class Runner:
 
     def _program(self, phase: Phase, gear: Gear, segment: Segment) -> Program:
         stage, specs = self.stages[phase], segment.feed.specs
+        trace = None
         # An own step in the eager gear may do what cannot be traced.
-        needs_trace = gear != EAGER or not stage.own
-        trace = self.trace(phase, specs) if needs_trace else None
+        if gear != EAGER or not stage.own:
+            try:
+                trace = self.trace(phase, specs)
+            except TraceError:
+                if gear != EAGER:
+                    raise
         return self.backend.program(
             self._step(phase, specs),
             gear,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.backend.base import Backend
+from loopscope.data.feed import dtype_name
 from loopscope.errors import UsageError
 
 Snapshot = list[Any]
@@ -134,5 +135,4 @@ def sha256(values: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def _kind(value: Any) -> str:
-    name = getattr(value.dtype, "name", value.dtype)
-    return f"{name}{list(value.shape)}"
+    return f"{dtype_name(value)}{list(value.shape)}"

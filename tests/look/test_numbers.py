@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 from looking import by_path
 
-from models import FUSED, TENSORFLOW, blobs, fresh, small_loop
+from models import FUSED, JAX, TENSORFLOW, blobs, fresh, small_loop
 
 X, Y = blobs(8)
 
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_loss(opened):
         assert len(edges) == len(counts) + 1
 
 
-@pytest.mark.skipif(not TENSORFLOW, reason="JAX does not tell them; it says so")
+@pytest.mark.skipif(JAX, reason="JAX does not tell them; it says so")
 def test_the_error_flows_back_through_every_layer(opened):
     loop, step, weights = opened
     _, _, scores = forward(weights)
@@ -89,7 +89,7 @@ def test_the_error_flows_back_through_every_layer(opened):
     )
 
 
-@pytest.mark.skipif(TENSORFLOW, reason="TensorFlow tells them")
+@pytest.mark.skipif(not JAX, reason="the others tell them")
 def test_what_the_backend_does_not_tell_is_named(opened):
     _, step, _ = opened
     assert all(o.gradient is None for o in step.layers)

@@ -12,7 +12,11 @@ from functools import cache
 from loopscope.backend.base import Backend
 from loopscope.errors import BackendError
 
-ROOMS = {"tensorflow": "TensorFlowBackend", "jax": "JaxBackend"}
+ROOMS = {
+    "tensorflow": "TensorFlowBackend",
+    "jax": "JaxBackend",
+    "torch": "TorchBackend",
+}
 
 
 @cache
@@ -31,9 +35,9 @@ def current() -> Backend:
     except ImportError as error:
         raise BackendError(
             f"Keras could not import its backend ({error}). Install one of the "
-            "extras: `pip install 'loopscope[tensorflow]'` or "
-            "`pip install 'loopscope[jax]'`; choose with the environment "
-            "variable KERAS_BACKEND."
+            "extras: `pip install 'loopscope[tensorflow]'`, "
+            "`pip install 'loopscope[jax]'` or `pip install 'loopscope[torch]'`; "
+            "choose with the environment variable KERAS_BACKEND."
         ) from error
     name = keras.backend.backend()
     if name not in ROOMS:

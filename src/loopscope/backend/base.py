@@ -10,7 +10,7 @@ A new backend is one file that passes tests/test_backend_contract.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -135,7 +135,13 @@ class Backend(Protocol):
 
     name: str
     gears: tuple[Gear, ...]
-    """In the order in which `auto` tries them: the surest first."""
+    """In the order in which `auto` tries them: the surest first.
+
+    Eager is tried only where it comes first.
+    """
+
+    lacking: Mapping[str, str]
+    """Why there is no other gear, by its name."""
 
     packages: tuple[str, ...]
     """The packages whose versions the bits of a step depend on."""
@@ -163,6 +169,13 @@ class Backend(Protocol):
 
     def random_stream(self, gear: Gear) -> str:
         """Names the random numbers that a gear draws; equal names, equal numbers."""
+        ...
+
+    def random_state(self) -> list[Any]:
+        """What random numbers are drawn from that is in no variable of Keras.
+
+        Each stands for a variable where the state is read and assigned.
+        """
         ...
 
     def is_tensor(self, value: Any) -> bool:

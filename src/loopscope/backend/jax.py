@@ -9,7 +9,7 @@ the state as it was.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -39,11 +39,18 @@ from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
 map_structure = keras.tree.map_structure
 
 
+GRAPHS = "JAX compiles by XLA all that is not eager"
+
+
 class JaxBackend:
     """Steps on JAX."""
 
     name = "jax"
     gears = (XLA, FUSED_XLA, EAGER)
+    lacking: Mapping[str, str] = {
+        "graph": GRAPHS,
+        "fused-graph": GRAPHS,
+    }
     packages = ("jax", "jaxlib")
     loosens = False
     runs_eagerly_at_once = False
@@ -69,6 +76,9 @@ class JaxBackend:
 
     def random_stream(self, gear: Gear) -> str:
         return "jax"
+
+    def random_state(self) -> list[Any]:
+        return []
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, jax.Array)

@@ -12,7 +12,7 @@ import gc
 import random
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -50,6 +50,7 @@ class TensorFlowBackend:
 
     name = "tensorflow"
     gears = (GRAPH, FUSED_GRAPH, XLA, FUSED_XLA, EAGER)
+    lacking: Mapping[str, str] = {}
     packages = ("tensorflow",)
     loosens = True
     runs_eagerly_at_once = True
@@ -71,6 +72,9 @@ class TensorFlowBackend:
     def random_stream(self, gear: Gear) -> str:
         # The bits are the same, their conversion to floats differs.
         return "tensorflow-xla" if gear.jit_compile else "tensorflow"
+
+    def random_state(self) -> list[Any]:
+        return []
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, tf.Tensor)

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-BACKENDS = ("tensorflow", "jax")
+BACKENDS = ("tensorflow", "jax", "torch")
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document, nothing else."
@@ -80,8 +80,8 @@ def start_backend(name: str | None) -> str:
         if not installed:
             raise BackendError(
                 "No framework is installed. Install one of the extras: "
-                "`pip install 'loopscope[tensorflow]'` or "
-                "`pip install 'loopscope[jax]'`."
+                "`pip install 'loopscope[tensorflow]'`, "
+                "`pip install 'loopscope[jax]'` or `pip install 'loopscope[torch]'`."
             )
         os.environ["KERAS_BACKEND"] = installed[0]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -52,7 +52,8 @@ def resume(
     made = experiment_of(Folder(path))
     if from_step is not None and run is not None:
         if gear is not None:
-            resolve(gear, made.loop.backend.gears, backend=made.loop.backend.name)
+            backend = made.loop.backend
+            resolve(gear, backend.gears, backend=backend.name, lacking=backend.lacking)
         open_run(path).branch(from_step, run, learning_rate=learning_rate, gear=gear)
         path = run
     changes: dict[str, Any] = {"run": path, "resume": "anyway" if anyway else True}

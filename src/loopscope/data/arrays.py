@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loopscope.data.adapters import Shuffled
-from loopscope.data.feed import Feed, Segment, Spec, placed
+from loopscope.data.feed import Feed, Segment, Spec, dtype_name, placed
 from loopscope.data.order import permutation
 from loopscope.data.stream import StreamPass, ran_dry
 from loopscope.errors import DataError
@@ -242,12 +242,11 @@ def _key(specs: tuple[Any, ...]) -> str:
 
 def _dtype_name(array: Any) -> str:
     """The dtype in which an array's batches are given: floats of a file as floatx."""
-    name = str(getattr(array.dtype, "name", array.dtype))
     if isinstance(array, np.memmap) and array.dtype.kind == "f":
         import keras
 
         return str(keras.config.floatx())
-    return name
+    return dtype_name(array)
 
 
 def _itemsize(array: Any) -> int:

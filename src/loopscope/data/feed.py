@@ -64,8 +64,13 @@ def placed(spec: Any, place: Callable[[Any], Any]) -> Any:
     """The spec as it is on the device: JAX, for one, keeps int64 as int32."""
     if isinstance(spec, NativeSpec) or spec.dtype not in ("int64", "uint64", "float64"):
         return spec
-    dtype = place(np.empty(0, spec.dtype)).dtype
-    return Spec(spec.shape, str(getattr(dtype, "name", dtype)))
+    return Spec(spec.shape, dtype_name(place(np.empty(0, spec.dtype))))
+
+
+def dtype_name(array: Any) -> str:
+    """NumPy's name of an array's dtype; PyTorch calls it `torch.float32`."""
+    dtype = array.dtype
+    return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,8 +166,6 @@ class StreamPass:
         loose: Any = None
         usual = current = ""
         capacity = usual_capacity = 1
-        if self._usual is not None:
-            usual, usual_capacity = repr(self._usual), _capacity(self._usual)
         since, count = time.monotonic(), 0
 
         def hand_on() -> None:
@@ -177,6 +175,8 @@ class StreamPass:
                 chunk = []
 
         try:
+            if self._usual is not None:
+                usual, usual_capacity = repr(self._usual), _capacity(self._usual)
             while True:
                 if count >= self._allowed:
                     hand_on()

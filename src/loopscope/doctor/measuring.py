@@ -11,7 +11,7 @@ from typing import Any
 from loopscope import backend as backends
 from loopscope.data.feed import Segment
 from loopscope.data.source import Source, as_source
-from loopscope.gear import EAGER, Gear
+from loopscope.gear import EAGER, Gear, compiled
 from loopscope.look.probe import Probe
 from loopscope.runner import Done, Runner
 from loopscope.step import value_and_grad
@@ -64,8 +64,8 @@ def pace(runner: Runner, gear: Gear, segment: Segment) -> Pace:
         if time.perf_counter() - began > ENOUGH_S:
             break
     runner.finished = 0
-    compiled = [c.wall_s for c in first.compiled]
-    return Pace(step_s, max(0.0, sum(compiled) - step_s) if compiled else None)
+    spent = [c.wall_s for c in first.compiled]
+    return Pace(step_s, max(0.0, sum(spent) - step_s) if spent else None)
 
 
 def growth(runner: Runner, segment: Segment) -> float:
@@ -127,7 +127,7 @@ def eager_and_compiled(
         runner.trace("train", source.specs)
         with runner.state.kept():
             eager_s = pace(runner, EAGER, segment).step_s
-            return eager_s, pace(runner, backend.gears[0], segment).step_s
+            return eager_s, pace(runner, compiled(backend.gears), segment).step_s
     except Exception:
         return 0.0, None
     finally:
