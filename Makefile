@@ -26,10 +26,10 @@ demo: $(DEMO) ## train the tutorial's model on MNIST, eager beside the fastest g
 	@KERAS_BACKEND=tensorflow $(BIN)/loopscope mnist
 
 # Keras reads its backend once per process, so the suite runs in one process for each.
-# Side by side they take a third less time than one after the other, on two cores.
+# Two at a time they take a third less time than one after the other, on two cores.
 PYTEST = TF_CPP_MIN_LOG_LEVEL=3 KERAS_BACKEND=$(1) $(BIN)/python -m pytest
 
-test: $(DEV) ## run the tests on TensorFlow and on JAX
+test: $(DEV) ## run the tests on TensorFlow, JAX and PyTorch
 	@$(BIN)/python tests/side_by_side.py
 
 # pytest ends with 5 when no test was left to run; here that is not a failure.
@@ -38,6 +38,8 @@ test-slow: $(DEV) ## run the slow tests that `test` leaves out
 	@$(call PYTEST,tensorflow) -m "slow" || [ $$? -eq 5 ]
 	@echo "== slow tests on JAX"
 	@$(call PYTEST,jax) -m "slow and not once" || [ $$? -eq 5 ]
+	@echo "== slow tests on PyTorch"
+	@$(call PYTEST,torch) -m "slow and not once" || [ $$? -eq 5 ]
 
 crash-test: $(DEV) ## kill trainings 200 times, go on, compare their ends (half an hour)
 	@$(BIN)/python tests/crash/run.py --kills 200

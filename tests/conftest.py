@@ -72,18 +72,18 @@ OF_ONE = ("divided", "once", "skipif", "slow_on_jax")
 
 
 def pytest_collection_modifyitems(items):
-    """Leave to the slow suite what is slow here, or the share of the other backend."""
-    jax = BACKEND == "jax"
+    """Leave to the slow suite what is slow here, or the share of another backend."""
     for item in items:
         if BACKEND == "torch" and not _place(item).startswith(ON_TORCH):
             item.add_marker(pytest.mark.skip(reason="not made for PyTorch"))
-        is_slow = jax and item.get_closest_marker("slow_on_jax") is not None
-        if is_slow or (_is_shared(item) and _is_for_jax(item) != jax):
+        on_jax = item.get_closest_marker("slow_on_jax") is not None
+        is_slow = on_jax and BACKEND == "jax"
+        if is_slow or (_is_shared(item) and _share_of(item) != BACKEND):
             item.add_marker(pytest.mark.slow)
 
 
 def _is_shared(item):
-    """Whether both backends have this very test, and one of them is enough."""
+    """Whether the backends have this very test, and one of them is enough."""
     if any(item.get_closest_marker(name) is not None for name in OF_ONE):
         return False
     parameters = getattr(item, "callspec", None)
@@ -98,9 +98,12 @@ def _place(item):
     return item.nodeid.removeprefix("tests/")
 
 
-def _is_for_jax(item):
-    """Three in five: JAX has fewer tests that are its alone."""
-    return zlib.crc32(item.nodeid.encode()) % 5 > 1
+def _share_of(item):
+    """The backend that has it: JAX more than others, having fewer of its own."""
+    shares = "tensorflow", "jax", "torch", "jax", "tensorflow", "torch", "jax"
+    if not _place(item).startswith(ON_TORCH):
+        shares = tuple(name for name in shares if name != "torch")
+    return shares[zlib.crc32(item.nodeid.encode()) % len(shares)]
 
 
 @pytest.fixture(autouse=True)

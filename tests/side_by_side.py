@@ -1,15 +1,18 @@
-"""`make test`: the suite on TensorFlow and on JAX, in two processes side by side.
+"""`make test`: the suite on TensorFlow, JAX and PyTorch, two processes at a time.
 
-What TensorFlow's says is shown as it comes, what JAX's says after it. A shell would
+What TensorFlow's says is shown as it comes, what the others say after it. A shell would
 start the second one with Ctrl-C ignored, which some tests are about.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+import time
 
 PYTEST = [sys.executable, "-m", "pytest", "-m"]
+OTHERS = {"jax": "JAX", "torch": "PyTorch"}
 
 
 def environment(backend):
@@ -17,24 +20,28 @@ def environment(backend):
 
 
 def main():
-    with tempfile.TemporaryFile("w+") as held:
-        print("== tests on TensorFlow (those on JAX run beside them)", flush=True)
-        beside = subprocess.Popen(
-            [*PYTEST, "not slow and not once", "-p", "no:cacheprovider"],
-            env=environment("jax"),
-            stdout=held,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            first = subprocess.run(
-                [*PYTEST, "not slow"], env=environment("tensorflow"), check=False
+    with contextlib.ExitStack() as stack:
+        print("== tests on TensorFlow (the others run beside them)", flush=True)
+        first = subprocess.Popen([*PYTEST, "not slow"], env=environment("tensorflow"))
+        running, codes, held = [first], [], {}
+        stack.callback(lambda: [process.kill() for process in running])
+        for backend in OTHERS:
+            while sum(process.poll() is None for process in running) > 1:
+                time.sleep(0.2)
+            held[backend] = stack.enter_context(tempfile.TemporaryFile("w+"))
+            running.append(
+                subprocess.Popen(
+                    [*PYTEST, "not slow and not once", "-p", "no:cacheprovider"],
+                    env=environment(backend),
+                    stdout=held[backend],
+                    stderr=subprocess.STDOUT,
+                )
             )
-            beside.wait()
-        finally:
-            beside.kill()
-        held.seek(0)
-        print(f"== tests on JAX\n{held.read()}", flush=True)
-    return first.returncode or beside.returncode
+        codes = [process.wait() for process in running]
+        for backend, name in OTHERS.items():
+            held[backend].seek(0)
+            print(f"== tests on {name}\n{held[backend].read()}", flush=True)
+    return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from models import (
     numbers,
     relative,
     small_loop,
+    warned,
 )
 
 SIZE = 8
@@ -239,7 +240,7 @@ def test_no_thread_is_left_behind(kind, data):
 def close_what_is_left():
     yield
     for thing in gc.get_objects():
-        if isinstance(thing, stream.StreamPass):
+        if type(thing) is stream.StreamPass:
             thing.close()
 
 
@@ -269,7 +270,7 @@ def test_a_generator_goes_on_in_the_next_training_where_the_last_one_stopped(dat
 
 def test_a_generator_is_not_begun_again_in_a_second_epoch(data):
     loop = fresh(small_loop, FUSED)
-    with pytest.warns(UserWarning, match="Your input ran out of data"):
+    with warned("Your input ran out of data"):
         history = loop.fit((batch for batch in cut(*data)), epochs=2, verbose=0)
     assert loop.step == 6
     assert history.epoch == [0, 1]
@@ -324,7 +325,7 @@ def test_training_with_steps_per_epoch_uses_every_batch_of_a_stream_once(data):
 
 def test_a_stream_that_runs_dry_says_so(data):
     loop = fresh(small_loop, FUSED)
-    with pytest.warns(UserWarning, match="Your input ran out of data; interrupting"):
+    with warned("Your input ran out of data; interrupting"):
         loop.fit(
             (batch for batch in cut(*data)), epochs=1, steps_per_epoch=9, verbose=0
         )

@@ -18,8 +18,10 @@ from models import (
     FUSED,
     ONE_GEAR,
     STEP,
+    TORCH,
     blobs,
     fresh,
+    gan,
     mixed_loop,
     small_loop,
 )
@@ -150,6 +152,8 @@ BRIEF_MODELS = ("convnet_with_batchnorm", "gan")
     ],
 )
 def test_every_kind_of_model_is_rewound_and_verified(build, tmp_path):
+    if TORCH and build is gan:
+        pytest.skip("an untraced step makes its optimizers' slots as it first runs")
     make, (x, y) = build()
     rows = len(keras.tree.flatten(x)[0])
     more = keras.tree.map_structure(lambda a: np.concatenate([a] * 4), (x, y))
