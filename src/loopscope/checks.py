@@ -79,8 +79,10 @@ def build(model: Any, specs: tuple[Any, ...], phase: str) -> None:
             f"Received: {words(specs[:1])}"
         )
     x = keras.tree.map_structure(_symbol, specs[0])
+    scope = backends.current().distribution(model)
     try:
-        model(x)
+        with scope or contextlib.nullcontext():
+            model(x)
     except Exception as error:
         raise DataError(
             "The model does not take these data. "

@@ -195,13 +195,16 @@ class Loop:
             return
         if optimizer is None:
             optimizer = getattr(self.model, "optimizer", None) or "rmsprop"
-        self.model.compile(
-            optimizer=optimizer,
-            loss=loss,
-            metrics=metrics,
-            loss_weights=weights,
-            weighted_metrics=weighted,
-        )
+        # What Keras makes of names has a copy for each replica, as the model has.
+        scope = self.backend.distribution(self.model)
+        with scope or contextlib.nullcontext():
+            self.model.compile(
+                optimizer=optimizer,
+                loss=loss,
+                metrics=metrics,
+                loss_weights=weights,
+                weighted_metrics=weighted,
+            )
 
     # The steps.
 
@@ -797,6 +800,11 @@ class Loop:
     def _prepare(self, phase: Phase, source: Source, epochs_left: int) -> Gear:
         self._stage(phase)
         stage = self._runner.stages[phase]
+        if self._watch is not None and self.backend.distribution(self.model):
+            raise UsageError(
+                "Signals of a step that is divided among replicas are not measured. "
+                f"Leave `watch` out, or use one device. Received: watch={self._watch}"
+            )
         gear = self._gear if phase == "train" else self._test_gear
         if isinstance(stage.step, step.ModelStep):
             checks.build_quietly(self.model, source.specs, phase)

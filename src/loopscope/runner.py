@@ -154,7 +154,7 @@ class Runner:
         """The phase's step as it is traced and run, watched if it is to be."""
         step = self.executable(phase)
         if not self._watches(phase):
-            return step
+            return self.backend.spread(step, self.model)
         watchers, key = self.stages[phase].watchers, repr(specs)
         watcher = watchers.setdefault(key, Watcher(self.backend))
         return watcher.watched(step)

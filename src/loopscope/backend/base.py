@@ -214,6 +214,13 @@ class Backend(Protocol):
         """Where variables of a model with several replicas are made, or `None`."""
         ...
 
+    def spread(self, step: Step, model: Any) -> Step:
+        """The step, for a whole batch, on all replicas that a model was made for.
+
+        Where there is but one, or the framework divides batches by itself, the step.
+        """
+        ...
+
     def in_first_replica(self) -> bool:
         """Whether this is the first of several replicas that run one step."""
         ...

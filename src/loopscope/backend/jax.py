@@ -109,6 +109,9 @@ class JaxBackend:
     def distribution(self, model: Any) -> None:
         return None
 
+    def spread(self, step: Step, model: Any) -> Step:
+        return step
+
     def in_first_replica(self) -> bool:
         return False  # One thread runs them all.
 

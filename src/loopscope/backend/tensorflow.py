@@ -24,6 +24,7 @@ from tensorflow.python.eager import context
 from tensorflow.python.framework import op_callbacks
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
+from loopscope.backend import tensorflow_replicas as replicas
 from loopscope.backend.base import (
     Audience,
     Observer,
@@ -38,7 +39,7 @@ from loopscope.backend.base import (
 )
 from loopscope.data.adapters import out_of_order, pipeline
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
-from loopscope.errors import StepError
+from loopscope.errors import GearError, StepError
 from loopscope.gear import EAGER, FUSED_GRAPH, FUSED_XLA, GRAPH, XLA, Gear
 from loopscope.hooks import hooked
 
@@ -98,11 +99,15 @@ class TensorFlowBackend:
         return np.asarray(_host(array))
 
     def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
-        strategy = getattr(model, "_distribute_strategy", None)
-        if strategy is None or strategy.num_replicas_in_sync < 2:
+        strategy = replicas.strategy_of(model)
+        if strategy is None:
             return None
         scope: AbstractContextManager[Any] = strategy.scope()
         return scope
+
+    def spread(self, step: Step, model: Any) -> Step:
+        strategy = replicas.strategy_of(model)
+        return step if strategy is None else replicas.spread(step, strategy)
 
     def in_first_replica(self) -> bool:
         return _replicas() > 1 and _replica() == 0
@@ -144,6 +149,8 @@ class TensorFlowBackend:
     def assign(self, variable: Any, value: Any) -> None:
         native = _native(variable)
         plain = not isinstance(native, tf.distribute.DistributedValues)
+        if replicas.assign_sum(native, value):
+            return
         if plain and isinstance(value, tf.Tensor) and value.dtype == native.dtype:
             # The plain operation takes a sixth of the time of `variable.assign`.
             tf.raw_ops.AssignVariableOp(resource=native.handle, value=value)
@@ -188,6 +195,11 @@ class TensorFlowBackend:
         *,
         watched: bool = False,
     ) -> Program:
+        if gear.jit_compile and step in replicas.DIVIDED:
+            raise GearError(
+                f"Gear {gear.name!r} compiles by XLA, for one device: a step that is "
+                "divided among replicas runs in 'graph', 'fused-graph' or 'eager'."
+            )
         if trace is None:
             return _stepwise(_cutter(feed, _told(step, variables)))
         if not gear.fused or feed.kind == "whole":
@@ -206,13 +218,13 @@ class TensorFlowBackend:
     def value_and_grad(
         self, fn: Callable[[], Any], variables: Sequence[Any], has_aux: bool
     ) -> tuple[Any, list[Any]]:
-        with tf.GradientTape() as tape:
+        with tf.GradientTape() as tape, replicas.differentiating():
             value = fn()
             loss = value[0] if has_aux else value
-        grads = tape.gradient(loss, list(variables))
+        grads = replicas.gradient(tape, loss, variables)
         if all(grad is None for grad in grads):
             raise StepError(no_gradient(variables))
-        return value, list(grads)
+        return value, grads
 
     @contextmanager
     def observed(self, observer: Observer, gear: Gear | None) -> Iterator[None]:
@@ -488,7 +500,12 @@ def _spec(value: Any) -> Any:
 
 def _captured(concrete: Any, known: Sequence[Any]) -> tuple[Any, ...]:
     """Every variable that a concrete function touches, Keras's own where known."""
-    by_handle = {id(v.handle): v for v in (*concrete.graph.variables, *known)}
+    by_handle = {}
+    for variable in (*concrete.graph.variables, *known):
+        native = _native(variable)
+        divided = isinstance(native, tf.distribute.DistributedValues)
+        for copy in native.values if divided else [variable]:
+            by_handle[id(copy.handle)] = variable
     captured = (by_handle.get(id(handle)) for handle in concrete.captured_inputs)
     return tuple(variable for variable in captured if variable is not None)
 

@@ -110,6 +110,9 @@ class TorchBackend:
     def distribution(self, model: Any) -> None:
         return None
 
+    def spread(self, step: Step, model: Any) -> Step:
+        return step
+
     def in_first_replica(self) -> bool:
         return False
 

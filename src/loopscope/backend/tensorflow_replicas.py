@@ -1,0 +1,322 @@
+"""A step on each replica of a `tf.distribute` strategy, each on its part of the batch.
+
+The step stays the one that a single device runs: gradients are summed before an
+optimizer gets them, weighted by how many of the batch's examples a replica has, so
+that means over parts become the mean over the batch, uneven parts included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import keras
+import tensorflow as tf
+from keras.src.losses import loss as keras_loss
+from tensorflow.python.eager import record
+
+from loopscope.backend.base import Step, Tree
+from loopscope.errors import UsageError
+from loopscope.hooks import Hook, Method, build_optimizer, hooked, updates
+
+map_structure = keras.tree.map_structure
+
+
+@dataclass
+class _Part:
+    """What one replica has of a batch, and what its step has done so far.
+
+    Attributes:
+        share: Of the batch's examples, a number or a scalar of float32.
+        within: Whether `value_and_grad` is at work: it weights gradients itself.
+        summed: Whether it was: gradients are those of the whole batch.
+        scaled: Whether a tape of the user's own has seen a loss of Keras, scaled.
+        assigned: Variables with a copy for each replica that were assigned.
+    """
+
+    share: Any
+    within: bool = False
+    summed: bool = False
+    scaled: bool = False
+    assigned: dict[int, Any] = field(default_factory=dict)
+
+
+_PART: ContextVar[_Part | None] = ContextVar("part", default=None)
+
+
+DIVIDED = WeakSet[Step]()
+"""Steps that `spread` has made."""
+
+
+def strategy_of(model: Any) -> Any:
+    """The strategy with several replicas that a model was made under, or `None`.
+
+    Raises:
+        UsageError: It is none of those that steps are divided under.
+    """
+    strategy = getattr(model, "_distribute_strategy", None)
+    if strategy is None or strategy.num_replicas_in_sync < 2:
+        return None
+    if not isinstance(strategy, tf.distribute.MirroredStrategy):
+        raise UsageError(
+            "A model can be made under a `tf.distribute.MirroredStrategy`, in one "
+            "process, or under none. "
+            f"Received: a model made under a {type(strategy).__name__}"
+        )
+    return strategy
+
+
+def spread(step: Step, strategy: Any) -> Step:
+    """The step for a whole batch: each replica takes a part of its rows, in order.
+
+    Floating outputs are the mean over all examples, whole numbers the sum, arrays are
+    put together. A batch with fewer rows than replicas is not divided.
+    """
+    count = strategy.num_replicas_in_sync
+
+    def on_all(*batch: Any) -> Any:
+        rows = keras.tree.flatten(batch)[0].shape[0]
+        if rows is not None and rows < count:
+            return step(*batch)
+        parts = [_rows(batch, rows, index, count) for index in range(count)]
+
+        def on_one() -> Any:
+            context = tf.distribute.get_replica_context()
+            index = int(tf.get_static_value(context.replica_id_in_sync_group))
+            mine, share = parts[index]
+            part = _Part(share)
+            token = _PART.set(part)
+            try:
+                outputs = step(*mine)
+            finally:
+                _PART.reset(token)
+            for native in part.assigned.values():
+                _settle(native, share, first=index == 0)
+            # A loss that was scaled for a tape is a part of the mean, and not a mean.
+            weight = 1.0 if part.scaled else share
+            return map_structure(lambda leaf: _weighted(leaf, weight), outputs)
+
+        with _hooked():
+            outputs = strategy.run(on_one)
+        return map_structure(lambda leaf: _joined(leaf, strategy), outputs)
+
+    on_all.__module__ = getattr(step, "__module__", "")
+    DIVIDED.add(on_all)
+    return on_all
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """A block of `value_and_grad`, whose losses stay means over a replica's rows."""
+    part = _PART.get()
+    if part is None or part.within:
+        yield
+        return
+    part.within = True
+    try:
+        yield
+    finally:
+        part.within = False
+
+
+def gradient(tape: Any, loss: Any, variables: Sequence[Any]) -> list[Any]:
+    """The gradients of the mean over the batch, of which a replica has a part.
+
+    The loss is weighted, not its gradients: what replicas exchange on the way forward
+    (a synchronized BatchNorm) carries the others' losses back as well.
+    """
+    part = _PART.get()
+    if part is None:
+        return list(tape.gradient(loss, list(variables)))
+    share = tf.cast(part.share, loss.dtype)
+    grads = tape.gradient(loss, list(variables), output_gradients=share)
+    part.summed = True
+    return _all_reduced(grads)
+
+
+def _rows(
+    batch: tuple[Tree, ...], rows: int | None, index: int, count: int
+) -> tuple[tuple[Tree, ...], Any]:
+    """The rows of one replica, and their share."""
+    first = keras.tree.flatten(batch)[0]
+    whole = rows if rows is not None else tf.shape(first)[0]
+    start, stop = whole * index // count, whole * (index + 1) // count
+    part = map_structure(lambda leaf: leaf[start:stop], batch)
+    if rows is not None:
+        return part, (stop - start) / rows
+    return part, tf.cast(stop - start, "float32") / tf.cast(whole, "float32")
+
+
+def _weighted(leaf: Any, weight: Any) -> Any:
+    is_mean = tf.is_tensor(leaf) and leaf.dtype.is_floating and not leaf.shape.rank
+    return leaf * tf.cast(weight, leaf.dtype) if is_mean else leaf
+
+
+def _joined(leaf: Any, strategy: Any) -> Any:
+    first, *_ = values = strategy.experimental_local_results(leaf)
+    if not tf.is_tensor(first):
+        return first
+    if first.shape.rank:
+        return tf.concat(values, 0)
+    return tf.reduce_any(values) if first.dtype.is_bool else tf.add_n(list(values))
+
+
+def _all_reduced(grads: Sequence[Any]) -> list[Any]:
+    context = tf.distribute.get_replica_context()
+    there = [g for g in grads if g is not None]
+    found = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, there) if there else ())
+    return [None if g is None else next(found) for g in grads]
+
+
+def _loss_scaled(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keras's losses divide by the number of replicas: by a replica's share instead."""
+
+    def scale(value: Any) -> Any:
+        part = _PART.get()
+        if part is None:
+            return real(value)
+        if part.within or not record.could_possibly_record():
+            return value
+        part.scaled = True
+        return value * tf.cast(part.share, value.dtype)
+
+    return scale
+
+
+def _loss_unscaled(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def unscale(value: Any) -> Any:
+        part = _PART.get()
+        if part is None:
+            return real(value)
+        return value / tf.cast(part.share, value.dtype) if part.scaled else value
+
+    return unscale
+
+
+def _before_clipping(real: Method) -> Method:
+    """Sum what an own tape has given; Keras itself does so after it has clipped."""
+
+    def apply(optimizer: Any, grads: Any, variables: Any) -> Any:
+        part, grads = _PART.get(), list(grads)
+        if part is not None and not part.summed:
+            grads = _all_reduced(grads)
+        return real(optimizer, grads, variables)
+
+    return apply
+
+
+def _as_they_are(real: Method) -> Method:
+    def reduce(optimizer: Any, grads_and_vars: Any) -> Any:
+        return list(grads_and_vars)
+
+    return reduce
+
+
+def _built_before(real: Method) -> Method:
+    """Slots are made outside of the replicas, for all of them at once."""
+
+    def apply(optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
+        def build(strategy: Any) -> None:
+            with tf.init_scope(), strategy.scope():
+                build_optimizer(optimizer, list(trainable_variables))
+
+        if _PART.get() is not None and not optimizer.built:
+            tf.distribute.get_replica_context().merge_call(build)
+        return real(optimizer, grads, trainable_variables)
+
+    return apply
+
+
+def _noted(real: Method) -> Method:
+    """Note what each replica keeps for itself: metrics, statistics of BatchNorm."""
+
+    def assign(variable: Any, value: Any) -> Any:
+        part = _PART.get()
+        native = variable._value
+        if part is not None and isinstance(native, tf.distribute.DistributedValues):
+            part.assigned[id(native)] = native
+        return real(variable, value)
+
+    return assign
+
+
+def _adds_up(native: Any) -> bool:
+    """Whether a variable is the sum of what the replicas have."""
+    on_read = tf.VariableSynchronization.ON_READ
+    return (
+        isinstance(native, tf.distribute.DistributedValues)
+        and getattr(native, "synchronization", None) == on_read
+        and native.aggregation == tf.VariableAggregation.SUM
+    )
+
+
+def _settle(native: Any, share: Any, *, first: bool) -> None:
+    """Make one value of what the replicas have of a variable: the state has but one.
+
+    Called on each of them. Of what adds up the first gets all. Where each has its own,
+    as BatchNorm has its moving statistics, all get the mean.
+    """
+    context = tf.distribute.get_replica_context()
+    if _adds_up(native):
+        total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(native))
+        native.assign(total if first else tf.zeros_like(total))
+    elif native.aggregation == tf.VariableAggregation.NONE and native.dtype.is_floating:
+        part = tf.identity(native) * tf.cast(share, native.dtype)
+        native.assign(context.all_reduce(tf.distribute.ReduceOp.SUM, part))
+
+
+def assign_sum(native: Any, value: Any) -> bool:
+    """Set a variable of that kind: the first replica has all of it.
+
+    TensorFlow itself would divide the value, which rounds. Whether it is of that kind.
+    """
+    if not _adds_up(native):
+        return False
+    first, *others = native.values
+    first.assign(value)
+    for other in others:
+        other.assign(tf.zeros_like(other))
+    return True
+
+
+def _owner(name: str, of: type = keras.optimizers.Optimizer) -> type:
+    return next(kind for kind in of.__mro__ if name in vars(kind))
+
+
+HOOKS = (
+    ("_backend_apply_gradients", _before_clipping),
+    ("_all_reduce_sum_gradients", _as_they_are),
+)
+
+
+@contextmanager
+def _hooked() -> Iterator[None]:
+    methods: list[Hook] = [
+        *updates(_built_before),
+        (_owner("assign", keras.Variable), "assign", _noted),
+        *((_owner(name), name, around) for name, around in HOOKS),
+    ]
+    names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+    real = [getattr(keras_loss, name) for name in names]
+    keras_loss.scale_loss_for_distribution = _loss_scaled(real[0])
+    keras_loss.unscale_loss_for_distribution = _loss_unscaled(real[1])
+    try:
+        with hooked(methods, also=lambda: _PART.get() is not None):
+            yield
+    finally:
+        for name, function in zip(names, real, strict=True):
+            setattr(keras_loss, name, function)
+
+
+__all__ = [
+    "DIVIDED",
+    "assign_sum",
+    "differentiating",
+    "gradient",
+    "spread",
+    "strategy_of",
+]

@@ -1,0 +1,217 @@
+"""Trains on one device and on two replicas; run in a process of its own.
+
+TensorFlow divides a CPU into logical devices before anything else is done with it.
+"""
+
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+REPLICAS = 2
+(CPU,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(
+    CPU, [tf.config.LogicalDeviceConfiguration()] * REPLICAS
+)
+STRATEGY = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(REPLICAS)])
+
+import models  # noqa: E402
+from loopscope import Loop  # noqa: E402
+from models import BATCH, blobs, differences, fresh  # noqa: E402
+
+
+def divided(make):
+    """The same loop, made for the replicas."""
+
+    def under(gear, **options):
+        with STRATEGY.scope():
+            return make(gear, **options)
+
+    return under
+
+
+def both(make, gear, *data, **options):
+    """Histories and states: on one device, and on the replicas."""
+    found = []
+    for way in (make, divided(make)):
+        loop = fresh(way, gear)
+        options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **options}
+        history = loop.fit(*data, **options).history
+        found.append((history, loop.state.numpy(), loop))
+    return found
+
+
+def apart(one, other):
+    """The largest relative difference of two trainings' variables and histories."""
+    (history, state, _), (others, other_state, _) = one, other
+    logs = {
+        name: models.relative(history[name], others[name]) for name in sorted(history)
+    }
+    found = {**differences(state, other_state), **logs}
+    worst = max(found, key=found.get)
+    return {"path": worst, "difference": float(found[worst])}
+
+
+def synchronized():
+    """A BatchNorm that exchanges its statistics."""
+    make, data = models.convnet_with_batchnorm()
+
+    def under(gear, **options):
+        real = keras.layers.BatchNormalization
+
+        class Exchanging(real):
+            def __init__(self, **named):
+                super().__init__(synchronized=True, **named)
+
+        keras.layers.BatchNormalization = Exchanging
+        try:
+            return make(gear, **options)
+        finally:
+            keras.layers.BatchNormalization = real
+
+    return under, data
+
+
+def with_tape():
+    """The tutorial's own step, with a loss of Keras."""
+
+    def make(gear, **options):
+        loop = models.small_loop(gear, **options)
+        model, optimizer = loop.model, loop.model.optimizer
+        loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        seen = keras.metrics.SparseCategoricalAccuracy(name="seen")
+
+        @loop.train_step
+        def train_step(x, y):
+            with tf.GradientTape() as tape:
+                logits = model(x, training=True)
+                loss = loss_fn(y, logits)
+            grads = tape.gradient(loss, model.trainable_weights)
+            pairs = zip(grads, model.trainable_weights, strict=True)
+            optimizer.apply_gradients(pairs)
+            seen.update_state(y, logits)
+            return loss
+
+        return loop
+
+    return make, blobs(BATCH)
+
+
+def clipped():
+    """Gradients are summed before they are clipped."""
+
+    def make(gear, **options):
+        optimizer = keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
+        return models.small_loop(gear, optimizer=optimizer, **options)
+
+    return make, blobs(BATCH)
+
+
+def agrees(name, gear):
+    """Two steps, the second one of five rows: one replica has two, the other three."""
+    build = {
+        "synchronized": synchronized,
+        "with_tape": with_tape,
+        "clipped": clipped,
+    }.get(name) or getattr(models, name)
+    make, data = build()
+    rows = keras.tree.map_structure(
+        lambda a: np.concatenate([a] * 2)[: BATCH + 5], data
+    )
+    return apart(*both(make, gear, *rows))
+
+
+def copies(gear):
+    """After training, every replica has the same bits, BatchNorm's statistics too."""
+    make, data = models.convnet_with_batchnorm()
+    _, (_, _, loop) = both(make, gear, *data)
+    variables = [*loop.model.variables, *loop.model.optimizer.variables]
+    native = [v.value for v in variables]
+    return {
+        "copies": min(len(v.values) for v in native),
+        "alike": all(
+            np.array_equal(v.values[0].numpy(), other.numpy())
+            for v in native
+            for other in v.values[1:]
+        ),
+    }
+
+
+def uses(gear):
+    """Validation, prediction and a batch with fewer rows than replicas."""
+    make = models.small_loop
+    x, y = blobs(2 * BATCH + 1)
+    options = {"validation_data": blobs(13, seed=8)}
+    found = both(make, gear, x, y, **options)
+    loops = [loop for _, _, loop in found]
+    predicted = [loop.predict(x, batch_size=5, verbose=0) for loop in loops]
+    return {
+        **apart(*found),
+        "predicted": float(models.relative(*predicted)),
+        "order": [bool(len(p) == len(x)) for p in predicted],
+    }
+
+
+def resumed(gear):
+    """A run left in the middle of an epoch, and one that was not: do they end alike?"""
+
+    class Leave(Exception):
+        pass
+
+    def at(step):
+        def listener(event):
+            if type(event).__name__ == "ChunkEnd" and loop.step == step:
+                raise Leave
+
+        return listener
+
+    x, y = blobs(45)
+    arguments = {"batch_size": BATCH, "epochs": 3, "verbose": 0}
+    ends = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, leave in (("whole", None), ("left", 8)):
+            make = divided(lambda gear: models.mixed_loop(gear))
+            loop = fresh(make, gear)
+            if leave:
+                listener = at(leave)
+                loop.subscribe(listener, chunk_steps={"train": 1})
+                try:
+                    loop.fit(x, y, run=Path(folder, name), **arguments)
+                except Leave:
+                    loop = fresh(make, gear)
+            loop.fit(x, y, run=Path(folder, name), resume=bool(leave), **arguments)
+            ends.append((loop.step, loop.state.sha256()))
+    return {"ends": ends}
+
+
+def refusals():
+    """What is refused, each with its message."""
+    x, y = blobs(BATCH)
+    said = []
+    for gear, options in (("xla", {}), ("fused-xla", {}), ("graph", {"watch": 10})):
+        loop = fresh(divided(models.small_loop), gear, **options)
+        try:
+            loop.fit(x, y, batch_size=BATCH, verbose=0)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def chosen():
+    """The gear that `auto` takes for a long training."""
+    x, y = blobs(BATCH)
+    loop = fresh(divided(models.small_loop), "auto", cache=False)
+    source = loop.source(x, y, batch_size=BATCH)
+    return loop.prepare("train", source, epochs_left=100_000).name
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    assert Loop is not None
+    what, *arguments = sys.argv[1:]
+    print(json.dumps(globals()[what](*arguments)))
