@@ -165,6 +165,16 @@ def test_gradients_that_add_up_have_no_graph():
     assert (loop.gear.name, loop.step) == ("eager", 3)
 
 
+@pytest.mark.parametrize("zero_grad", [True, False])
+def test_the_doctor_finds_gradients_that_add_up(zero_grad):
+    loop = fresh(with_backward(zero_grad=zero_grad), "eager")
+    found = loop.doctor(*blobs(64), batch_size=8).findings
+    adding = [f.message for f in found if f.check == "accumulating"]
+    assert bool(adding) != zero_grad
+    if adding:
+        assert "adds to the gradients of the step before, in 4 variables" in adding[0]
+
+
 def test_an_optimizer_of_pytorchs_has_no_graph():
     loop = small_loop("graph")
     model = loop.model

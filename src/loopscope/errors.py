@@ -47,7 +47,13 @@ class RunError(UsageError):
 
 
 class TraceError(LoopscopeError):
-    """A step of which there is no graph. Gear eager runs it; nothing was changed."""
+    """A step of which there is no graph. Gear eager runs it; nothing was changed.
+
+    Attributes:
+        accumulates: Whether that is since its gradients add up from step to step.
+    """
+
+    accumulates = False
 
 
 class BackendError(LoopscopeError, ImportError):

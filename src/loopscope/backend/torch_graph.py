@@ -95,10 +95,12 @@ def refuse_sums(
     for key, (gradient, changes) in left.items():
         now, count = after.get(key, (None, changes))
         if now is gradient and count > changes:
-            raise TraceError(
+            error = TraceError(
                 "`backward()` adds to the gradients of the step before, which are no "
                 "variables of Keras: call `model.zero_grad()` in the step, before it"
             )
+            error.accumulates = True
+            raise error
 
 
 def _refuse_torch_optimizer(optimizer: Any, *_: Any) -> None:

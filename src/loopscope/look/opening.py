@@ -88,6 +88,7 @@ def executed(
         probe.batch = probe.batch or batch
         return executable(*batch)
 
+    told.__module__ = getattr(executable, "__module__", "")
     backend = runner.backend
     program = backend.program(
         told, EAGER, segment.feed, None, runner.state.variables, 1

@@ -8,6 +8,7 @@ import numpy as np
 
 from loopscope.doctor.facts import Facts
 from loopscope.doctor.finding import Finding
+from loopscope.errors import TraceError
 from loopscope.look.opened import OpenedStep
 from loopscope.look.stats import norm
 
@@ -21,6 +22,8 @@ def check(facts: Facts) -> Iterator[Finding]:
     Those that keep a part of what they held, as momentum does, are meant to.
     """
     first, later = facts.first.look, facts.settled.look
+    if facts.own:
+        yield from _left(facts)
     if not facts.own or first is None or later is None or first is later:
         return
     applied = _applied(first)
@@ -43,6 +46,30 @@ def check(facts: Facts) -> Iterator[Finding]:
             "kept_of_what_it_held": 1.0,
         },
     )
+
+
+def _left(facts: Facts) -> Iterator[Finding]:
+    """What PyTorch's `backward()` has left, and the next one adds to."""
+    left = [
+        str(variable.path)
+        for variable in facts.model.trainable_variables
+        if getattr(variable.value, "grad", None) is not None
+    ]
+    if not left:
+        return
+    try:
+        facts.runner.trace("train", facts.source.specs)
+    except TraceError as error:
+        if error.accumulates:
+            yield Finding(
+                "accumulating",
+                "error",
+                "`backward()` adds to the gradients of the step before, in "
+                f"{len(left)} variables",
+                ", ".join(left[:4]) + (", ..." if len(left) > 4 else ""),
+                "Call `model.zero_grad()` in the step, before `loss.backward()`.",
+                {"variables": len(left)},
+            )
 
 
 def _applied(look: OpenedStep) -> list[str]:
