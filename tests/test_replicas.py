@@ -16,8 +16,6 @@ PROGRAM = Path(__file__).parent / "replicas.py"
 SAME = [build.__name__ for build in ALL if build.__name__ != "convnet_with_batchnorm"]
 """All models but one: a BatchNorm's statistics are those of a replica's own rows."""
 
-QUICK = ("subclassed", "synchronized", "with_tape")
-
 
 def on_replicas(what, *arguments):
     done = subprocess.run(
@@ -31,53 +29,52 @@ def on_replicas(what, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "gear",
-    [
-        pytest.param("eager", marks=pytest.mark.slow),
-        pytest.param("graph", marks=pytest.mark.slow),
-        "fused-graph",
-    ],
-)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in (*SAME, "synchronized", "with_tape", "clipped")
-    ],
-)
+@pytest.fixture(scope="module")
+def found():
+    return on_replicas("quick")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gear", ["eager", "graph", "fused-graph"])
+@pytest.mark.parametrize("name", [*SAME, "synchronized", "with_tape", "clipped"])
 def test_replicas_follow_a_single_device(name, gear):
-    found = on_replicas("agrees", name, gear)
+    apart = on_replicas("agrees", name, gear)
     if name == "gan":
         # A metric that is given a mean counts one for each replica.
-        assert found["path"].startswith("critic_loss_mean")
+        assert apart["path"].startswith("critic_loss_mean")
     else:
-        assert found["difference"] < 1e-6, found
+        assert apart["difference"] < 1e-6, apart
 
 
-def test_the_copies_stay_equal():
-    assert on_replicas("copies", "fused-graph") == {"copies": 2, "alike": True}
+@pytest.mark.parametrize("name", ["subclassed", "synchronized", "with_tape", "clipped"])
+def test_replicas_follow_a_single_device_in_the_fused_gear(name, found):
+    apart = found["agrees"][name]
+    assert apart["difference"] < 1e-6, apart
 
 
-def test_validation_prediction_and_small_batches():
-    found = on_replicas("uses", "fused-graph")
-    assert found["difference"] < 1e-6, found
-    assert found["predicted"] < 1e-6
-    assert found["order"] == [True, True]
+def test_the_copies_stay_equal(found):
+    assert found["copies"] == {"copies": 2, "alike": True}
 
 
-def test_a_run_on_replicas_goes_on_to_the_same_bits():
-    whole, left = on_replicas("resumed", "fused-graph")["ends"]
+def test_validation_prediction_and_small_batches(found):
+    uses = found["uses"]
+    assert uses["difference"] < 1e-6, uses
+    assert uses["predicted"] < 1e-6
+    assert uses["order"] == [True, True]
+
+
+def test_a_run_on_replicas_goes_on_to_the_same_bits(found):
+    whole, left = found["resumed"]["ends"]
     assert left == whole
     assert whole[0] == 18
 
 
-def test_what_replicas_cannot_do_is_refused():
-    xla, fused, watched = on_replicas("refusals")
+def test_what_replicas_cannot_do_is_refused(found):
+    xla, fused, watched = found["refusals"]
     for text in (xla, fused):
         assert "compiles by XLA, for one device" in text
     assert "divided among replicas are not measured" in watched
 
 
-def test_auto_takes_a_gear_that_replicas_have():
-    assert on_replicas("chosen") in ("graph", "fused-graph")
+def test_auto_takes_a_gear_that_replicas_have(found):
+    assert found["chosen"] in ("graph", "fused-graph")
