@@ -94,7 +94,9 @@ def test_sha256_is_over_path_dtype_shape_and_bytes_in_order():
     "other",
     [
         lambda: keras.Variable(np.zeros(2, "float32"), name="b"),
-        lambda: keras.Variable(np.zeros(2, "int32"), dtype="int32", name="a"),
+        lambda: keras.Variable(
+            np.zeros(2, "int32"), dtype="int32", name="a", trainable=False
+        ),
         lambda: keras.Variable(np.zeros((2, 1), "float32"), name="a"),
         lambda: keras.Variable(np.array([0, 1e-45], "float32"), name="a"),
         lambda: keras.Variable(np.array([0, -0.0], "float32"), name="a"),
