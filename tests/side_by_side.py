@@ -16,7 +16,10 @@ OTHERS = {"jax": "JAX", "torch": "PyTorch"}
 
 
 def environment(backend):
-    return {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # PyTorch's threads would wait for a core that another suite has.
+    threads = {"OMP_NUM_THREADS": "1"} if backend == "torch" else {}
+    quiet = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return {**os.environ, **quiet, **threads}
 
 
 def main():
