@@ -343,7 +343,7 @@ def units_that_are_dead(f):
 
 @bug("saturation")
 def large_initial_weights(f):
-    large = keras.initializers.RandomNormal(stddev=1000)
+    large = keras.initializers.RandomNormal(stddev=10_000)
     # Of ten classes few are hit by chance.
     model = f.model(layers.Dense(10, kernel_initializer=large))
     return built_in(model), (f.x(), f.y(count=10))
