@@ -99,10 +99,10 @@ def _place(item):
 
 
 def _share_of(item):
-    """The backend that has it: JAX more than others, having fewer of its own."""
-    shares = "tensorflow", "jax", "torch", "jax", "tensorflow", "torch", "jax"
+    """The backend that has it: PyTorch if it can, since most run there in no time."""
+    shares = ["tensorflow", "jax", "torch", "torch", "torch"]
     if not _place(item).startswith(ON_TORCH):
-        shares = tuple(name for name in shares if name != "torch")
+        shares = ["tensorflow", "jax", "tensorflow", "jax", "jax"]
     return shares[zlib.crc32(item.nodeid.encode()) % len(shares)]
 
 
