@@ -50,8 +50,6 @@ SHARED = (
 ON_TORCH = (
     "data/",
     "look/",
-    "run/test_rewind.py",
-    "run/test_resume.py",
     "test_backend_contract.py",
     "test_bad_input.py",
     "test_bits.py",
@@ -67,6 +65,10 @@ ON_TORCH = (
 """Files whose tests are made for PyTorch as well; the others know two backends."""
 
 
+LATER_ON_TORCH = ("run/test_resume.py", "run/test_rewind.py")
+"""As well, but processes that import PyTorch take long: left to the slow suite."""
+
+
 OF_ONE = ("divided", "once", "skipif", "slow_on_jax")
 """Marks of tests that the quick suite may have on one of the backends only."""
 
@@ -74,7 +76,9 @@ OF_ONE = ("divided", "once", "skipif", "slow_on_jax")
 def pytest_collection_modifyitems(items):
     """Leave to the slow suite what is slow here, or the share of another backend."""
     for item in items:
-        if BACKEND == "torch" and not _place(item).startswith(ON_TORCH):
+        if BACKEND == "torch" and _place(item).startswith(LATER_ON_TORCH):
+            item.add_marker(pytest.mark.slow)
+        elif BACKEND == "torch" and not _place(item).startswith(ON_TORCH):
             item.add_marker(pytest.mark.skip(reason="not made for PyTorch"))
         on_jax = item.get_closest_marker("slow_on_jax") is not None
         is_slow = on_jax and BACKEND == "jax"
