@@ -55,6 +55,11 @@ def updates(around: Callable[[Method], Method]) -> list[Hook]:
     return [(optimizer, "apply", around), (scaled, "apply", around)]
 
 
+def owner_of(kind: type, name: str) -> type:
+    """The class that a method comes from."""
+    return next(c for c in kind.__mro__ if name in vars(c))
+
+
 def given_to_apply(
     optimizer: Any, grads: Iterable[Any], trainable_variables: Any
 ) -> tuple[list[Any], list[Any]]:
@@ -93,5 +98,6 @@ __all__ = [
     "calls",
     "given_to_apply",
     "hooked",
+    "owner_of",
     "updates",
 ]

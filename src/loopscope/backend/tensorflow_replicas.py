@@ -21,7 +21,7 @@ from tensorflow.python.eager import record
 
 from loopscope.backend.base import Step, Tree
 from loopscope.errors import UsageError
-from loopscope.hooks import Hook, Method, build_optimizer, hooked, updates
+from loopscope.hooks import Hook, Method, build_optimizer, hooked, owner_of, updates
 
 map_structure = keras.tree.map_structure
 
@@ -247,9 +247,8 @@ def _noted(real: Method) -> Method:
 def _adds_up(native: Any) -> bool:
     """Whether a variable is the sum of what the replicas have."""
     on_read = tf.VariableSynchronization.ON_READ
-    return (
-        isinstance(native, tf.distribute.DistributedValues)
-        and getattr(native, "synchronization", None) == on_read
+    return bool(
+        getattr(native, "synchronization", None) == on_read
         and native.aggregation == tf.VariableAggregation.SUM
     )
 
@@ -269,22 +268,18 @@ def _settle(native: Any, share: Any, *, first: bool) -> None:
         native.assign(context.all_reduce(tf.distribute.ReduceOp.SUM, part))
 
 
-def assign_sum(native: Any, value: Any) -> bool:
-    """Set a variable of that kind: the first replica has all of it.
+def assign(native: Any, value: Any) -> None:
+    """Set a variable that has a copy for each replica, outside of any step.
 
-    TensorFlow itself would divide the value, which rounds. Whether it is of that kind.
+    Of one that adds up the first gets all: TensorFlow would divide it, which rounds.
     """
     if not _adds_up(native):
-        return False
+        native.assign(value)
+        return
     first, *others = native.values
     first.assign(value)
     for other in others:
         other.assign(tf.zeros_like(other))
-    return True
-
-
-def _owner(name: str, of: type = keras.optimizers.Optimizer) -> type:
-    return next(kind for kind in of.__mro__ if name in vars(kind))
 
 
 HOOKS = (
@@ -295,10 +290,11 @@ HOOKS = (
 
 @contextmanager
 def _hooked() -> Iterator[None]:
+    optimizer = keras.optimizers.Optimizer
     methods: list[Hook] = [
         *updates(_built_before),
-        (_owner("assign", keras.Variable), "assign", _noted),
-        *((_owner(name), name, around) for name, around in HOOKS),
+        (owner_of(keras.Variable, "assign"), "assign", _noted),
+        *((owner_of(optimizer, name), name, around) for name, around in HOOKS),
     ]
     names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
     real = [getattr(keras_loss, name) for name in names]
@@ -314,7 +310,7 @@ def _hooked() -> Iterator[None]:
 
 __all__ = [
     "DIVIDED",
-    "assign_sum",
+    "assign",
     "differentiating",
     "gradient",
     "spread",

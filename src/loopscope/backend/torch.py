@@ -38,7 +38,7 @@ from loopscope.backend.base import (
     no_gradient,
 )
 from loopscope.backend.torch_graph import Values, readable, refuse_sums, tracing
-from loopscope.data.feed import Feed, Native, Spec
+from loopscope.data.feed import Feed, Native, Spec, dtype_name
 from loopscope.errors import StepError, UsageError
 from loopscope.gear import EAGER, GRAPH, Gear
 
@@ -340,7 +340,7 @@ def _is_ours(step: Any) -> bool:
 def _spec(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return Spec(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+    return Spec(tuple(value.shape), dtype_name(value))
 
 
 def _placeholder(spec: Spec) -> torch.Tensor:
@@ -399,7 +399,6 @@ class _Compiled:
     def __init__(self, step: Step, trace: Trace, variables: Sequence[Any]) -> None:
         self._step, self._trace = step, trace
         self._variables = [v for v in variables if v is not GENERATOR]
-        self._tensors: list[torch.Tensor] = []
         self._call: Callable[..., Any] | None = None
 
     def __call__(self, batch: tuple[Tree, ...]) -> Tree:
@@ -418,16 +417,9 @@ class _Compiled:
         self, tensors: Sequence[torch.Tensor], batch: Any, leaves: Sequence[Any]
     ) -> Callable[..., Any]:
         def flat(*given: torch.Tensor) -> list[torch.Tensor]:
-            inputs = {
-                id(_native(v)): t for v, t in zip(self._variables, given, strict=False)
-            }
             values = Values(lambda tensor: tensor)
-            for variable in self._variables:
-                native = _native(variable)
-                stand_in = inputs[id(native)].detach()
-                values._by_id[id(native)] = stand_in.requires_grad_(
-                    native.requires_grad
-                )
+            for variable, tensor in zip(self._variables, given, strict=False):
+                values.put(_native(variable), tensor)
             parts = keras.tree.pack_sequence_as(batch, given[len(tensors) :])
             with tracing(values), torch.set_grad_enabled(not _is_ours(self._step)):
                 outputs = self._step(*parts)

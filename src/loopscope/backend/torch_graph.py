@@ -44,11 +44,14 @@ class Values:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """What stands for a variable's tensor, a leaf as it is one."""
-        key = id(tensor)
-        if key not in self._by_id:
-            lifted = self._lift(tensor.detach()).detach()
-            self._by_id[key] = lifted.requires_grad_(tensor.requires_grad)
-        return self._by_id[key]
+        if id(tensor) not in self._by_id:
+            self.put(tensor, self._lift(tensor.detach()))
+        return self._by_id[id(tensor)]
+
+    def put(self, tensor: torch.Tensor, stand_in: torch.Tensor) -> None:
+        """Say what stands for a variable's tensor."""
+        leaf = stand_in.detach().requires_grad_(tensor.requires_grad)
+        self._by_id[id(tensor)] = leaf
 
     def stand_in(self, tensor: Any) -> Any:
         """The same, or the tensor itself if nothing stands for it."""
@@ -271,9 +274,6 @@ class _Seeded:
         return self._drawn("rand", torch.rand, (), named)
 
     def randint(self, *, low: Any, high: Any, **named: Any) -> Any:
-        generator = named.get("generator")
-        if generator is None:
-            return torch.randint(low=low, high=high, **named)
         return self._drawn("randint", torch.randint, (low, high), named)
 
     def multinomial(self, given: Any, count: int, **named: Any) -> Any:

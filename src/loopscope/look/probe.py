@@ -22,6 +22,7 @@ from loopscope.hooks import (
     calls,
     given_to_apply,
     hooked,
+    owner_of,
     updates,
 )
 
@@ -148,7 +149,7 @@ class Probe:
 
     def _metric_kinds(self) -> set[type]:
         """The classes whose `update_state` is called."""
-        return {_owner(type(m), "update_state") for m in self.metrics}
+        return {owner_of(type(m), "update_state") for m in self.metrics}
 
     # What the framework tells.
 
@@ -317,11 +318,6 @@ class Probe:
                 return real(optimizer, grads, variables)
 
         return apply
-
-
-def _owner(kind: type, name: str) -> type:
-    """The class that a method comes from."""
-    return next(c for c in kind.__mro__ if name in vars(c))
 
 
 def is_finite(value: Any) -> bool:
