@@ -130,6 +130,31 @@ class Audience(Protocol):
         ...
 
 
+class Team(Protocol):
+    """The processes that train one model together: each runs the same loop."""
+
+    rank: int
+    """Of this process; 0 is the chief."""
+
+    size: int
+
+    def agree(self, message: bytes) -> bytes:
+        """What the chief has given, on every worker.
+
+        All of them call it, in the same order; each waits for the others.
+        """
+        ...
+
+
+class Alone:
+    """One process, which agrees with itself."""
+
+    rank, size = 0, 1
+
+    def agree(self, message: bytes) -> bytes:
+        return message
+
+
 class Backend(Protocol):
     """One framework, as the loop sees it."""
 
@@ -223,6 +248,10 @@ class Backend(Protocol):
 
     def in_first_replica(self) -> bool:
         """Whether this is the first of several replicas that run one step."""
+        ...
+
+    def team(self, model: Any) -> Team:
+        """The processes that train a model together; `Alone` where it is but one."""
         ...
 
     def batches(self, adapter: Any) -> Iterable[Any]:
@@ -385,6 +414,7 @@ def no_gradient(variables: Sequence[Any]) -> str:
 
 
 __all__ = [
+    "Alone",
     "Audience",
     "Backend",
     "Feed",
@@ -392,6 +422,7 @@ __all__ = [
     "Program",
     "Spec",
     "Step",
+    "Team",
     "Trace",
     "cores",
     "cut",

@@ -21,10 +21,12 @@ from jax.extend.core import Literal, get_opaque_trace_state
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
 from loopscope.backend.base import (
+    Alone,
     Audience,
     Observer,
     Program,
     Step,
+    Team,
     Trace,
     Tree,
     cores,
@@ -114,6 +116,9 @@ class JaxBackend:
 
     def in_first_replica(self) -> bool:
         return False  # One thread runs them all.
+
+    def team(self, model: Any) -> Team:
+        return Alone()
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_jax_iterator()

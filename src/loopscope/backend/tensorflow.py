@@ -26,10 +26,12 @@ from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from loopscope.backend import tensorflow_replicas as replicas
 from loopscope.backend.base import (
+    Alone,
     Audience,
     Observer,
     Program,
     Step,
+    Team,
     Trace,
     Tree,
     cores,
@@ -111,6 +113,9 @@ class TensorFlowBackend:
 
     def in_first_replica(self) -> bool:
         return _replicas() > 1 and _replica() == 0
+
+    def team(self, model: Any) -> Team:
+        return Alone()
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         # Where Keras's own way is a tf.data pipeline around Python, go without it.

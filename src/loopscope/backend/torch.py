@@ -26,10 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loopscope.backend.base import (
+    Alone,
     Audience,
     Observer,
     Program,
     Step,
+    Team,
     Trace,
     Tree,
     cores,
@@ -115,6 +117,9 @@ class TorchBackend:
 
     def in_first_replica(self) -> bool:
         return False
+
+    def team(self, model: Any) -> Team:
+        return Alone()
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_numpy_iterator()
