@@ -61,6 +61,8 @@ class CallbackListener:
         import keras
 
         self._loop, self._model = loop, loop.model
+        if not loop.together.chief:
+            callbacks, verbose = None, 0
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.callbacks.CallbackList(
                 # As a list: of anything else Keras does not look whether its hooks

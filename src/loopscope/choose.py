@@ -87,7 +87,7 @@ def choose(
     """
     began = time.perf_counter()
     key = _signature(runner, source) if cache and _cache_file() else ""
-    known = _recall(key)
+    known = runner.together.agreed(_recall(key))
     horizon = UNKNOWN_STEPS if steps is None else steps
     copies = 2 if source.ragged else 1
     before = runner.state.snapshot()
@@ -155,7 +155,7 @@ def _try_gears(
         except Exception:
             continue  # A gear that cannot run this step is no choice.
         finally:
-            spent += time.perf_counter() - began
+            spent += runner.together.agreed(time.perf_counter() - began)
     return trials
 
 
@@ -213,7 +213,10 @@ def measure(
     def run(steps: int) -> tuple[float, float]:
         part = Segment(segment.feed, segment.start, segment.start + steps)
         done = runner.run(phase, gear, part)
-        return done.wall_s, sum(c.wall_s for c in done.compiled)
+        # All of several workers have to come to the same choice.
+        return runner.together.agreed(
+            (done.wall_s, sum(c.wall_s for c in done.compiled))
+        )
 
     _, compile_s = run(1)
     most = min(segment.steps, 256)

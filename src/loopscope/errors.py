@@ -8,6 +8,7 @@
     │   ├── ExperimentError              an experiment that cannot be imported
     │   └── RunError                     a run folder that cannot be used so
     ├── TraceError                       a step of which there is no graph
+    ├── WorkerError                      another worker of a training is gone
     └── BackendError (also an ImportError)  a backend that is missing or unknown
 
 An exception of the user's own (in a source, a step, a callback) is never
@@ -54,6 +55,14 @@ class TraceError(LoopscopeError):
     """
 
     accumulates = False
+
+
+class WorkerError(LoopscopeError):
+    """Of several processes that train together one is gone, or the chief has failed.
+
+    The variables are as the last finished step left them; without the other worker
+    none can be made.
+    """
 
 
 class BackendError(LoopscopeError, ImportError):

@@ -132,7 +132,8 @@ def fit(
                 "validation_freq": validation_freq,
             }
             held.enter_context(recorder.listening(listener, train, {**of_data, **when}))
-        if doctor and first_chunk.wanted():
+        # A look runs as long as it has time: several workers would part.
+        if doctor and first_chunk.wanted() and not self.together.several:
             held.enter_context(_examined(self, train))
 
         def first() -> int:

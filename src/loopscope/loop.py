@@ -48,8 +48,10 @@ from loopscope.meters import Initial, Meters
 from loopscope.questions import Ahead
 from loopscope.run.resume import recording
 from loopscope.runner import Done, Runner
+from loopscope.sharing import Sharing
 from loopscope.standing import Cursor, Standing
 from loopscope.state import Snapshot, State
+from loopscope.together import Together
 
 CHUNK_S = 0.25
 """What a chunk aims to last: often enough for progress and Ctrl-C."""
@@ -137,11 +139,15 @@ class Loop:
         self._cache = cache
         self._test_gear = self._gear
         self.model = model
-        self.seed = random.randrange(2**31) if seed is None else int(seed)
+        self.together = Together(self.backend.team(model))
+        """The processes that train this model, where there are several."""
+        drawn = random.randrange(2**31) if seed is None else int(seed)
+        self.seed = self.together.agreed(drawn)
         self.step = 0
         """How many steps this loop has trained."""
         self._own: dict[Phase, Callable[..., Any]] = {}
-        self._runner = Runner(model, self.backend)
+        self._runner = Runner(model, self.backend, self.together)
+        self._sharing = Sharing(self.together, self.backend)
         self._incidents: Incidents | None = None
         """Of the training that is under way, if it is watched."""
         self._watch: int | None = None
@@ -339,8 +345,9 @@ class Loop:
         self._stopped.add(phase)
 
     def _emit(self, event: Event) -> None:
-        for listener in tuple(self._listeners):
-            listener(event)
+        with self.together.alone():
+            for listener in tuple(self._listeners):
+                listener(event)
 
     def _note(self, error: BaseException, where: str) -> None:
         """Tell an error the step it was raised at; the first note counts."""
@@ -446,8 +453,10 @@ class Loop:
             self._incidents = Incidents(self._runner, self._watch)
         start, self._from, self._epochs = self._from, None, epochs
         try:
+            self._sharing.begin(self.state)
             self._emit(TrainBegin(epochs))
-            self._cursor = Cursor(first()) if start is None else start.cursor
+            at = self.together.agreed(first())
+            self._cursor = Cursor(at) if start is None else start.cursor
             if start is not None and not start.cursor.begun:
                 self._go_on(start)
                 if start.stopped:
@@ -473,7 +482,7 @@ class Loop:
                         self._passes.append((number, self._cursor.index))
                         self._cursor = Cursor(number + 1)
                         self._emit(EpochEnd(number, self._logs, epoch.seconds))
-                if "train" in self._stopped:
+                if self._is_stopped("train"):
                     break
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             self._failed = True
@@ -485,6 +494,13 @@ class Loop:
                 if epochs:
                     self._finish_weights()
                 self._emit(TrainEnd(self._logs))
+                self._sharing.share(self.state)
+
+    def _is_stopped(self, phase: Phase) -> bool:
+        """Whether the chief has been told to end a phase."""
+        if self.together.agreed(phase in self._stopped):
+            self._stopped.add(phase)
+        return phase in self._stopped
 
     @property
     def cursor(self) -> Cursor:
@@ -652,8 +668,18 @@ class Loop:
             data = source.open(epoch, index)
             self._emit(PhaseBegin(phase, limit))
             try:
+                begun = False
                 while limit is None or index < limit:
-                    most = self._chunk_steps(phase, source, index, limit, every)
+                    most, over = self.together.agreed(
+                        (
+                            self._chunk_steps(phase, source, index, limit, every),
+                            begun and phase in self._stopped,
+                        )
+                    )
+                    if over:
+                        self._stopped.add(phase)
+                        break
+                    begun = True
                     began = time.perf_counter()
                     segment = data.take(most)
                     if segment is None:
@@ -663,10 +689,12 @@ class Loop:
                         self._ahead = Ahead(segment, source, epoch, index, fetch_s)
                     self._emit(ChunkBegin(phase, index))
                     self._ahead = None
+                    self._share()
                     # Whoever listens may change the gear; `None` is not chosen yet.
                     chosen = self._gear if phase == "train" else self._test_gear
                     before = self._before(phase)
                     done = self._run(phase, chosen or gear, segment)
+                    self._sharing.look(self.state)
                     samples += segment.steps * segment.feed.batch_size
                     if meters is not None:
                         meters.add(done.outputs, segment.steps, done.logs)
@@ -692,8 +720,6 @@ class Loop:
                             done,
                         )
                     yield chunk
-                    if phase in self._stopped:
-                        break
             finally:
                 self._ahead = None
                 data.close()
@@ -723,6 +749,14 @@ class Loop:
         if steps:
             self._pace(phase, done.wall_s / steps, alone=segment.steps == 1)
         return done
+
+    def _share(self) -> None:
+        """Let the other workers have what listeners of the chief have set."""
+        gears = self._gear, self._test_gear
+        names = [None if gear is None else gear.name for gear in gears]
+        told = self._sharing.share(self.state, names)
+        if not self.together.chief:
+            self._gear, self._test_gear = (GEARS.get(name or "") for name in told)
 
     def _before(self, phase: Phase) -> Snapshot | None:
         """The state before some steps, where they may have to be run once more."""
@@ -806,6 +840,7 @@ class Loop:
                 f"Leave `watch` out, or use one device. Received: watch={self._watch}"
             )
         gear = self._gear if phase == "train" else self._test_gear
+        source.patient = self.together.several
         if isinstance(stage.step, step.ModelStep):
             checks.build_quietly(self.model, source.specs, phase)
         if not stage.own and source not in stage.checked:

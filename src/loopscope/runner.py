@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from loopscope import interrupt
-from loopscope.backend.base import Backend, Program, Step, Trace
+from loopscope.backend.base import Alone, Backend, Program, Step, Trace
 from loopscope.data.feed import NativeSpec, Segment, Spec
 from loopscope.discover import Found, discover, global_seed
 from loopscope.errors import StepError, TraceError
@@ -22,6 +22,7 @@ from loopscope.events import Compiled, Phase
 from loopscope.gear import EAGER, Gear
 from loopscope.state import State
 from loopscope.step import LOGS, ModelStep
+from loopscope.together import Together
 from loopscope.watching import SIGNALS, Readings, Watcher
 
 CAPACITY = 1024
@@ -69,11 +70,15 @@ class Runner:
     Args:
         model: The Keras model (or layer).
         backend: Where steps run.
+        together: The processes that run them; one alone if not given.
     """
 
-    def __init__(self, model: Any, backend: Backend) -> None:
+    def __init__(
+        self, model: Any, backend: Backend, together: Together | None = None
+    ) -> None:
         self.model = model
         self.backend = backend
+        self.together = together or Together(Alone())
         self.stages: dict[Phase, Stage] = {}
         """Each phase's step with everything made for executing it."""
         self._state: State | None = None
@@ -283,7 +288,7 @@ class Runner:
         state = self.state
         before = state.snapshot()
         try:
-            with interrupt.deferred():
+            with interrupt.deferred(), self.together.guarded():
                 outputs = program(segment.feed, start, stop, due)
                 self.finished += stop - start
                 return outputs

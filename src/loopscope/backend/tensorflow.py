@@ -39,6 +39,7 @@ from loopscope.backend.base import (
     due_at,
     no_gradient,
 )
+from loopscope.backend.tensorflow_workers import workers_of
 from loopscope.data.adapters import out_of_order, pipeline
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import GearError, StepError
@@ -115,7 +116,9 @@ class TensorFlowBackend:
         return _replicas() > 1 and _replica() == 0
 
     def team(self, model: Any) -> Team:
-        return Alone()
+        strategy = replicas.strategy_of(model)
+        found: Team = workers_of(strategy) or Alone()
+        return found
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         # Where Keras's own way is a tf.data pipeline around Python, go without it.
@@ -148,7 +151,7 @@ class TensorFlowBackend:
         # plain operation takes half of the time of `variable.value()`.
         native = _native(variable)
         if isinstance(native, tf.distribute.DistributedValues):
-            return native.read_value()
+            return replicas.settled(native).read_value()
         return tf.raw_ops.ReadVariableOp(resource=native.handle, dtype=native.dtype)
 
     def assign(self, variable: Any, value: Any) -> None:

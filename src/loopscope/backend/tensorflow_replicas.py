@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -35,14 +36,15 @@ class _Part:
         within: Whether `value_and_grad` is at work: it weights gradients itself.
         summed: Whether it was: gradients are those of the whole batch.
         scaled: Whether a tape of the user's own has seen a loss of Keras, scaled.
-        assigned: Variables with a copy for each replica that were assigned.
+        assigned: Variables with a copy for each replica that were assigned, each with
+            its value before.
     """
 
     share: Any
     within: bool = False
     summed: bool = False
     scaled: bool = False
-    assigned: dict[int, Any] = field(default_factory=dict)
+    assigned: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
 
 _PART: ContextVar[_Part | None] = ContextVar("part", default=None)
@@ -50,6 +52,9 @@ _PART: ContextVar[_Part | None] = ContextVar("part", default=None)
 
 DIVIDED = WeakSet[Step]()
 """Steps that `spread` has made."""
+
+
+KNOWN = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 def strategy_of(model: Any) -> Any:
@@ -61,10 +66,10 @@ def strategy_of(model: Any) -> Any:
     strategy = getattr(model, "_distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync < 2:
         return None
-    if not isinstance(strategy, tf.distribute.MirroredStrategy):
+    if not isinstance(strategy, KNOWN):
+        names = " or a ".join(f"`tf.distribute.{kind.__name__}`" for kind in KNOWN)
         raise UsageError(
-            "A model can be made under a `tf.distribute.MirroredStrategy`, in one "
-            "process, or under none. "
+            f"A model can be made under a {names}, or under none. "
             f"Received: a model made under a {type(strategy).__name__}"
         )
     return strategy
@@ -94,15 +99,15 @@ def spread(step: Step, strategy: Any) -> Step:
                 outputs = step(*mine)
             finally:
                 _PART.reset(token)
-            for native in part.assigned.values():
-                _settle(native, share, first=index == 0)
+            for native, before in part.assigned.values():
+                _settle(native, before, share)
             # A loss that was scaled for a tape is a part of the mean, and not a mean.
             weight = 1.0 if part.scaled else share
-            return map_structure(lambda leaf: _weighted(leaf, weight), outputs)
+            return map_structure(lambda leaf: _added(leaf, weight), outputs)
 
         with _hooked():
             outputs = strategy.run(on_one)
-        return map_structure(lambda leaf: _joined(leaf, strategy), outputs)
+        return map_structure(lambda leaf: _joined(leaf, rows, strategy), outputs)
 
     on_all.__module__ = getattr(step, "__module__", "")
     DIVIDED.add(on_all)
@@ -151,18 +156,29 @@ def _rows(
     return part, tf.cast(stop - start, "float32") / tf.cast(whole, "float32")
 
 
-def _weighted(leaf: Any, weight: Any) -> Any:
-    is_mean = tf.is_tensor(leaf) and leaf.dtype.is_floating and not leaf.shape.rank
-    return leaf * tf.cast(weight, leaf.dtype) if is_mean else leaf
+def _added(leaf: Any, weight: Any) -> Any:
+    """A number of all replicas, of which one has `leaf`; an array as it is."""
+    if not tf.is_tensor(leaf) or leaf.shape.rank:
+        return leaf
+    context = tf.distribute.get_replica_context()
+    part = tf.cast(leaf, "int32") if leaf.dtype.is_bool else leaf
+    if leaf.dtype.is_floating:
+        part = leaf * tf.cast(weight, leaf.dtype)
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, part)
+    return total > 0 if leaf.dtype.is_bool else total
 
 
-def _joined(leaf: Any, strategy: Any) -> Any:
+def _joined(leaf: Any, rows: int | None, strategy: Any) -> Any:
+    """The arrays of all replicas in order; of numbers, which are alike, the first.
+
+    Arrays have a row for each example of the batch, of which there are `rows`.
+    """
     first, *_ = values = strategy.experimental_local_results(leaf)
-    if not tf.is_tensor(first):
+    if not tf.is_tensor(first) or not first.shape.rank:
         return first
-    if first.shape.rank:
-        return tf.concat(values, 0)
-    return tf.reduce_any(values) if first.dtype.is_bool else tf.add_n(list(values))
+    if strategy.extended._in_multi_worker_mode():
+        return tf.ensure_shape(strategy.gather(leaf, 0), [rows, *first.shape[1:]])
+    return tf.concat(values, 0)
 
 
 def _all_reduced(grads: Sequence[Any]) -> list[Any]:
@@ -235,51 +251,63 @@ def _noted(real: Method) -> Method:
     """Note what each replica keeps for itself: metrics, statistics of BatchNorm."""
 
     def assign(variable: Any, value: Any) -> Any:
-        part = _PART.get()
-        native = variable._value
-        if part is not None and isinstance(native, tf.distribute.DistributedValues):
-            part.assigned[id(native)] = native
+        part, native = _PART.get(), variable._value
+        copied = isinstance(native, tf.distribute.DistributedValues)
+        if part is not None and copied and id(native) not in part.assigned:
+            with _COPIES:
+                settled(native)
+            part.assigned[id(native)] = native, tf.identity(native)
         return real(variable, value)
 
     return assign
 
 
-def _adds_up(native: Any) -> bool:
-    """Whether a variable is the sum of what the replicas have."""
-    on_read = tf.VariableSynchronization.ON_READ
-    return bool(
-        getattr(native, "synchronization", None) == on_read
+ON_READ = tf.VariableSynchronization.ON_READ
+FIRST = tf.VariableAggregation.ONLY_FIRST_REPLICA
+
+_COPIES = Lock()
+"""Replicas of one process are threads: one of them at a time looks at a variable."""
+
+
+def settled(native: Any) -> Any:
+    """A variable that adds up what the replicas have, with the sum on each of them.
+
+    TensorFlow sums such a variable whenever it is read, over all processes, which all
+    of them would have to do at once; and divides what is assigned, which rounds. With
+    the sum on each replica the first one's copy is the value.
+    """
+    adds_up = (
+        getattr(native, "synchronization", None) == ON_READ
         and native.aggregation == tf.VariableAggregation.SUM
     )
+    if adds_up:
+        with tf.init_scope():
+            total = tf.add_n([tf.identity(copy) for copy in native.values])
+            for copy in native.values:
+                copy.assign(total)
+        native._aggregation = FIRST
+    return native
 
 
-def _settle(native: Any, share: Any, *, first: bool) -> None:
+def _settle(native: Any, before: Any, share: Any) -> None:
     """Make one value of what the replicas have of a variable: the state has but one.
 
-    Called on each of them. Of what adds up the first gets all. Where each has its own,
-    as BatchNorm has its moving statistics, all get the mean.
+    Called on each of them. What each has added is summed. Where each has its own, as
+    BatchNorm has its moving statistics, all get the mean.
     """
     context = tf.distribute.get_replica_context()
-    if _adds_up(native):
-        total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(native))
-        native.assign(total if first else tf.zeros_like(total))
+    own = tf.identity(native)
+    if getattr(native, "synchronization", None) == ON_READ and own.dtype != tf.bool:
+        added = context.all_reduce(tf.distribute.ReduceOp.SUM, own - before)
+        native.assign(before + added)
     elif native.aggregation == tf.VariableAggregation.NONE and native.dtype.is_floating:
-        part = tf.identity(native) * tf.cast(share, native.dtype)
+        part = own * tf.cast(share, native.dtype)
         native.assign(context.all_reduce(tf.distribute.ReduceOp.SUM, part))
 
 
 def assign(native: Any, value: Any) -> None:
-    """Set a variable that has a copy for each replica, outside of any step.
-
-    Of one that adds up the first gets all: TensorFlow would divide it, which rounds.
-    """
-    if not _adds_up(native):
-        native.assign(value)
-        return
-    first, *others = native.values
-    first.assign(value)
-    for other in others:
-        other.assign(tf.zeros_like(other))
+    """Set a variable that has a copy for each replica, outside of any step."""
+    settled(native).assign(value)
 
 
 HOOKS = (
@@ -313,6 +341,7 @@ __all__ = [
     "assign",
     "differentiating",
     "gradient",
+    "settled",
     "spread",
     "strategy_of",
 ]

@@ -90,6 +90,7 @@ class ArraySource:
             isinstance(a, np.memmap) for a in leaves
         )
         self._placed: tuple[Any, ...] | None = None
+        self.patient = False
 
     jumps = True
     """Any position is a function of (seed, epoch, step)."""
@@ -153,6 +154,7 @@ class ArraySource:
                 self._host_batches(turn, start, stop),
                 self._place,
                 usual=self._host_specs(),
+                patient=self.patient,
             )
         if self._placed is None:
             self._placed = self._map(self._place, self.arrays)

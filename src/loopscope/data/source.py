@@ -60,6 +60,12 @@ class Source(Protocol):
         """Whether any pass can be had again in this process."""
         ...
 
+    patient: bool
+    """Whether segments are as long as the data allow, however slowly they come.
+
+    So that each of several workers gets the same ones.
+    """
+
     def inexact(self) -> str | None:
         """Why the same data cannot be had again in another process, if so."""
         ...

@@ -61,6 +61,8 @@ class StreamPass:
         usual: Specs of the batches that chunks are made for, where the first batch
             may not be one of them.
         mark: Told the place in the pass and the batch, for every `MARK_EVERY`th.
+        patient: Whether a chunk waits for all its batches, however slow, so that it
+            is cut by their number alone.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class StreamPass:
         read: Callable[[Any], tuple[Any, ...]] | None = None,
         usual: tuple[Any, ...] | None = None,
         mark: Callable[[int, tuple[Any, ...]], None] = lambda place, batch: None,
+        patient: bool = False,
     ) -> None:
+        self.patient = patient
         self._usual, self._mark = usual, mark
         self._place, self._read = place, read or as_batch
         self._shapes = Shapes() if loosens else None
@@ -204,7 +208,7 @@ class StreamPass:
                     if self._shapes is not None:
                         loose = self._shapes.loosened(specs)
                 chunk.append(batch)
-                late = time.monotonic() - since > CHUNK_WAIT_S
+                late = time.monotonic() - since > CHUNK_WAIT_S and not self.patient
                 if len(chunk) == capacity or late:
                     hand_on()
         except BaseException as error:
@@ -302,6 +306,7 @@ class StreamSource:
         self._asked, self._continues = steps_per_epoch, continues
         self._length = self._batches.num_batches
         self._open: StreamPass | None = None
+        self._patient = False
         self._taken = 0
         """Steps taken of the pass that is open."""
         self._untouched = self._within_epoch = False
@@ -465,7 +470,19 @@ class StreamSource:
             read=self._read,
             usual=usual,
             mark=mark,
+            patient=self._patient,
         )
+
+    @property
+    def patient(self) -> bool:
+        """Whether chunks are cut by the number of batches alone, however slow."""
+        return self._patient
+
+    @patient.setter
+    def patient(self, value: bool) -> None:
+        self._patient = value
+        if self._open is not None:
+            self._open.patient = value
 
     def _stop(self) -> None:
         if self._open is not None:

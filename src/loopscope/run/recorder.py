@@ -163,10 +163,11 @@ class Recorder:
         if listener is not None:
             self._callbacks = [c for c in listener.callbacks if not _is_bar(c)]
         self._watch = listener is None or listener.hooked
-        if self._past is None:
-            self._begin(source, arguments)
-        else:
-            self._prepare(self._past, source, arguments)
+        with loop.together.alone():
+            if self._past is None:
+                self._begin(source, arguments)
+            else:
+                self._prepare(self._past, source, arguments)
         limits = {"train": self._until_due}
         loop.subscribe(self._hear_first, first=True)
         loop.subscribe(self._hear_last, chunk_steps=limits)  # type: ignore[arg-type]

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from loopscope.errors import RunError, UsageError
 from loopscope.run import checkpoint as checkpoints
-from loopscope.run import reading
+from loopscope.run import reading, signals
 from loopscope.run.content import standing_of
 from loopscope.run.folder import Folder, unwritable
+from loopscope.run.lock import Lock
 from loopscope.run.plain import decode
 from loopscope.run.recorder import Past, Recorder
 from loopscope.run.recording import Recording
@@ -27,10 +28,20 @@ if TYPE_CHECKING:
 ANYWAY = "anyway"
 
 
+class Follower:
+    """Records nothing: the chief does. Leaves when the chief says so."""
+
+    @contextmanager
+    def listening(self, *arguments: Any) -> Iterator[None]:
+        """As the recorder's: signals wait for the chief to save."""
+        with signals.caught(lambda number: None):
+            yield
+
+
 @contextmanager
 def recording(
     loop: Loop, run: Any, resume: bool | str, epochs: int
-) -> Iterator[Recorder]:
+) -> Iterator[Recorder | Follower]:
     """Open a run folder for a training of `loop`, new or to be gone on with.
 
     Before anything else is prepared: the seed and the gear are the run's.
@@ -52,26 +63,37 @@ def recording(
         )
     how = Recording.of(run)
     folder = Folder(Path(how.path))
-    if folder.exists and not resume:
-        raise RunError(
-            f"{str(folder.path)!r} holds a run already. Go on with it: `resume=True`, "
-            f"`loopscope resume {folder.path}`; or give this training another folder."
-        )
-    folder.make()
-    lock = folder.lock()
+    if loop.together.chief:
+        with _chief(loop, folder, how, run, resume, epochs) as recorder:
+            yield recorder
+    else:
+        with _follower(loop, folder) as follower:
+            yield follower
+
+
+@contextmanager
+def _chief(
+    loop: Loop,
+    folder: Folder,
+    how: Recording,
+    run: Any,
+    resume: bool | str,
+    epochs: int,
+) -> Iterator[Recorder]:
+    """The run of a single process, or of the chief of several."""
+    with loop.together.alone():
+        lock = _locked(folder, resume)
     try:
-        try:
-            lock.acquire()
-        except OSError as error:
-            raise unwritable(folder.path, error) from error
-        past = None
-        if folder.exists:
-            manifest = folder.manifest
-            if not isinstance(run, Recording):
-                how = Recording(how.path, **manifest["recording"])
-            past = find(folder, epochs, anyway=resume == ANYWAY)
-            if past is None:
-                folder.forget()
+        with loop.together.alone():
+            past = None
+            if folder.exists:
+                manifest = folder.manifest
+                if not isinstance(run, Recording):
+                    how = Recording(how.path, **manifest["recording"])
+                past = find(folder, epochs, anyway=resume == ANYWAY)
+                if past is None:
+                    folder.forget()
+        loop.together.agreed(past and (past.checkpoint.name, past.over))
         if past is not None:
             loop.adopt(past.standing)
             loop.go_on_from(past.standing)
@@ -80,6 +102,40 @@ def recording(
         loop.go_on_from(None)
         lock.release()
         folder.leave_no_trace()
+
+
+def _locked(folder: Folder, resume: bool | str) -> Lock:
+    if folder.exists and not resume:
+        raise RunError(
+            f"{str(folder.path)!r} holds a run already. Go on with it: `resume=True`, "
+            f"`loopscope resume {folder.path}`; or give this training another folder."
+        )
+    folder.make()
+    lock = folder.lock()
+    try:
+        lock.acquire()
+    except (OSError, RunError) as error:
+        folder.leave_no_trace()
+        if isinstance(error, OSError):
+            raise unwritable(folder.path, error) from error
+        raise
+    return lock
+
+
+@contextmanager
+def _follower(loop: Loop, folder: Folder) -> Iterator[Follower]:
+    """A worker of a run that the chief writes: it goes on where the chief does."""
+    found = loop.together.agreed(None)
+    if found is not None:
+        name, over = found
+        standing = standing_of(checkpoints.read(folder.checkpoints_path, name))
+        standing = replace(standing, stopped=True) if over else standing
+        loop.adopt(standing)
+        loop.go_on_from(standing)
+    try:
+        yield Follower()
+    finally:
+        loop.go_on_from(None)
 
 
 def find(folder: Folder, epochs: int, *, anyway: bool) -> Past | None:

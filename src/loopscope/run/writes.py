@@ -14,6 +14,7 @@ import numpy as np
 
 from loopscope.backend.base import Backend
 from loopscope.run.plain import numpy_dtype
+from loopscope.state import changed
 
 WRITE_BYTES = 2**20
 """Writes between two steps are recorded up to this size in all; above it, steps are
@@ -29,23 +30,15 @@ Write = tuple[str, str, str, bytes | None]
 def writes(
     before: Mapping[str, Any], now: Mapping[str, Any], backend: Backend
 ) -> list[Write]:
-    """What has changed from one look at all variables to another.
-
-    Costs about 5 microseconds a variable that was not assigned.
-    """
+    """What has changed from one look at all variables to another."""
     if before.keys() != now.keys():
         return [(BARRIER, "", "[]", None)]
     found: list[Write] = []
     size = 0
-    for path, old in before.items():
-        if backend.same(old, now[path]):
-            continue
-        a, b = backend.to_numpy(old), np.ascontiguousarray(backend.to_numpy(now[path]))
-        data = b.tobytes()
-        if data != np.ascontiguousarray(a).tobytes():
-            shape = json.dumps(list(np.shape(now[path])))
-            found.append((path, b.dtype.name, shape, data))
-            size += len(data)
+    for path, value in changed(before, now, backend):
+        shape = json.dumps(list(value.shape))
+        found.append((path, value.dtype.name, shape, value.tobytes()))
+        size += value.nbytes
     return found if size <= WRITE_BYTES else [(BARRIER, "", "[]", None)]
 
 

@@ -1,0 +1,85 @@
+"""The processes of a `tf.distribute.MultiWorkerMirroredStrategy`, and what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+SIZE = 1024
+"""Bytes of one message; longer ones are sent in several."""
+
+LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.CancelledError,
+)
+SIGNS = ("heartbeat", "Collective ops is aborted", "coordination", "Connection reset")
+"""What TensorFlow says where another task is gone, whatever the kind of error."""
+
+
+class Workers:
+    """The workers of a strategy.
+
+    Args:
+        strategy: A `tf.distribute.MultiWorkerMirroredStrategy`.
+    """
+
+    def __init__(self, strategy: Any) -> None:
+        extended = strategy.extended
+        resolver = strategy.cluster_resolver
+        chief = bool(extended.should_checkpoint)
+        workers = len(resolver.cluster_spec().as_dict().get("worker", ()))
+        chiefs = len(resolver.cluster_spec().as_dict().get("chief", ()))
+        self.size = workers + chiefs
+        first = 0 if resolver.task_type == "chief" else chiefs
+        self.rank = 0 if chief else first + int(resolver.task_id)
+        self._strategy = strategy
+
+        def add(message: Any) -> Any:
+            def on_one() -> Any:
+                context = tf.distribute.get_replica_context()
+                index = tf.get_static_value(context.replica_id_in_sync_group)
+                # Where it lies on a device of the replica it can be sent.
+                mine = tf.identity(message) if index == 0 else tf.zeros_like(message)
+                return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+
+            return strategy.experimental_local_results(strategy.run(on_one))[0]
+
+        spec = tf.TensorSpec([SIZE // 4], "int32")
+        self._add = tf.function(add, [spec], autograph=False)
+
+    def agree(self, message: bytes) -> bytes:
+        """What the chief has given, on every worker: a sum to which others add none."""
+        given = len(message).to_bytes(8, "little") + message
+        found = self._sent(given[:SIZE])
+        size = 8 + int.from_bytes(found[:8], "little")
+        for start in range(SIZE, size, SIZE):
+            found += self._sent(given[start : start + SIZE])
+        return found[8:size]
+
+    def _sent(self, part: bytes) -> bytes:
+        numbers = np.frombuffer(part.ljust(SIZE, b"\0"), np.int32)
+        mine = numbers if self.rank == 0 else np.zeros_like(numbers)
+        sent: bytes = self._add(tf.constant(mine)).numpy().tobytes()
+        return sent
+
+    def lost(self, error: Exception) -> bool:
+        """Whether this is what TensorFlow says when a worker is gone."""
+        if isinstance(error, LOST):
+            return True
+        known = isinstance(error, tf.errors.OpError)
+        return known and any(sign in str(error) for sign in SIGNS)
+
+
+def workers_of(strategy: Any) -> Workers | None:
+    """The workers of a strategy, or `None` where it is of one process."""
+    if strategy is None or not strategy.extended._in_multi_worker_mode():
+        return None
+    workers = Workers(strategy)
+    return workers if workers.size > 1 else None
+
+
+__all__ = ["Workers", "workers_of"]
