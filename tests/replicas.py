@@ -21,6 +21,7 @@ tf.config.set_logical_device_configuration(
 STRATEGY = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(REPLICAS)])
 
 import models  # noqa: E402
+import replicas_cases as cases  # noqa: E402
 from models import BATCH, blobs, differences, fresh  # noqa: E402
 
 
@@ -56,67 +57,9 @@ def apart(one, other):
     return {"path": worst, "difference": float(found[worst])}
 
 
-def synchronized():
-    """A BatchNorm that exchanges its statistics."""
-    make, data = models.convnet_with_batchnorm()
-
-    def under(gear, **options):
-        real = keras.layers.BatchNormalization
-
-        class Exchanging(real):
-            def __init__(self, **named):
-                super().__init__(synchronized=True, **named)
-
-        keras.layers.BatchNormalization = Exchanging
-        try:
-            return make(gear, **options)
-        finally:
-            keras.layers.BatchNormalization = real
-
-    return under, data
-
-
-def with_tape():
-    """The tutorial's own step, with a loss of Keras."""
-
-    def make(gear, **options):
-        loop = models.small_loop(gear, **options)
-        model, optimizer = loop.model, loop.model.optimizer
-        loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        seen = keras.metrics.SparseCategoricalAccuracy(name="seen")
-
-        @loop.train_step
-        def train_step(x, y):
-            with tf.GradientTape() as tape:
-                logits = model(x, training=True)
-                loss = loss_fn(y, logits)
-            grads = tape.gradient(loss, model.trainable_weights)
-            pairs = zip(grads, model.trainable_weights, strict=True)
-            optimizer.apply_gradients(pairs)
-            seen.update_state(y, logits)
-            return loss
-
-        return loop
-
-    return make, blobs(BATCH)
-
-
-def clipped():
-    """Gradients are summed before they are clipped."""
-
-    def make(gear, **options):
-        optimizer = keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
-        return models.small_loop(gear, optimizer=optimizer, **options)
-
-    return make, blobs(BATCH)
-
-
-OWN = {"synchronized": synchronized, "with_tape": with_tape, "clipped": clipped}
-
-
 def agrees(name, gear):
     """Two steps, the second one of five rows: one replica has two, the other three."""
-    build = OWN.get(name) or getattr(models, name)
+    build = cases.OWN.get(name) or getattr(models, name)
     make, data = build()
     rows = keras.tree.map_structure(
         lambda a: np.concatenate([a] * 2)[: BATCH + 5], data
@@ -212,7 +155,7 @@ def quick():
     """What the quick suite asks, in one process."""
     gear = "fused-graph"
     return {
-        "agrees": {n: agrees(n, gear) for n in ("subclassed", *OWN)},
+        "agrees": {n: agrees(n, gear) for n in ("subclassed", *cases.OWN)},
         "copies": copies(gear),
         "uses": uses(gear),
         "resumed": resumed(gear),

@@ -825,6 +825,7 @@ class Loop:
             UsageError: Naming what was expected and received. Variables, optimizer
                 and metrics are as they were.
         """
+        self.together.refuse_alone()
         try:
             return self._prepare(phase, source, epochs_left)
         except Exception:

@@ -42,17 +42,25 @@ class Together:
         """
         if not self.several:
             return value
+        self.refuse_alone()
+        kind, said = self._exchange((SAID, value))
+        if kind == FAILED:
+            raise _from_chief(*said)
+        found: Value = said
+        return found
+
+    def refuse_alone(self) -> None:
+        """Refuse what all workers have to do, where the chief does something alone.
+
+        Raises:
+            UsageError: Nothing of it was begun.
+        """
         if self._alone:
             raise UsageError(
                 "Callbacks and other listeners run on the chief alone: the other "
                 "workers do not know of what is trained or evaluated in there. Do so "
                 "between two calls of `fit`, or in the body of `loop.epochs`."
             )
-        kind, said = self._exchange((SAID, value))
-        if kind == FAILED:
-            raise _from_chief(*said)
-        found: Value = said
-        return found
 
     def of_chief(self, find: Callable[[], Value]) -> Value:
         """What `find` gives on the chief, on every worker; what it raises, likewise."""
