@@ -143,6 +143,64 @@ def refusals():
     return said
 
 
+def adopted(gear):
+    """A model that was made for one device, and is given to the replicas."""
+    ends = []
+    x, y = blobs(3 * BATCH + 5)
+    for make, options in ((divided(models.mixed_loop), {}), (models.mixed_loop, GIVEN)):
+        loop = fresh(make, gear, **options)
+        loop.fit(x, y, batch_size=BATCH, epochs=2, verbose=0)
+        values = [v.value for v in loop.model.optimizer.variables]
+        assert all(len(v.values) == REPLICAS for v in values)
+        ends.append(loop.state.sha256())
+    return ends
+
+
+GIVEN = {"strategy": STRATEGY}
+
+
+def with_loss(loss_of):
+    """A loop whose own step differentiates this loss."""
+
+    def make(gear):
+        loop = models.small_loop(gear)
+        model, optimizer = loop.model, loop.model.optimizer
+
+        @loop.train_step
+        def train_step(x, y):
+            with tf.GradientTape() as tape:
+                loss = loss_of(y, model(x, training=True))
+            grads = tape.gradient(loss, model.trainable_weights)
+            pairs = zip(grads, model.trainable_weights, strict=True)
+            optimizer.apply_gradients(pairs)
+            return loss
+
+        return loop
+
+    return make
+
+
+def examined():
+    """What the doctor says of a loss that is scaled, and of one that is not."""
+    scaled = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    x, y = blobs(2 * BATCH)
+    said = []
+    for loss_of in (scaled, unscaled):
+        loop = fresh(divided(with_loss(loss_of)), "graph")
+        before = loop.state.numpy()
+        found = loop.doctor(x, y, batch_size=BATCH, checks=["replicas"])
+        said.append([f.measured["factor"] for f in found.findings])
+        after = loop.state.numpy()
+        assert all(np.array_equal(after[path], before[path]) for path in before)
+    return said
+
+
+def unscaled(y, logits):
+    return tf.reduce_mean(
+        keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+    )
+
+
 def chosen():
     """The gear that `auto` takes for a long training."""
     x, y = blobs(BATCH)
@@ -161,6 +219,8 @@ def quick():
         "resumed": resumed(gear),
         "refusals": refusals(),
         "chosen": chosen(),
+        "examined": examined(),
+        "adopted": adopted(gear),
     }
 
 

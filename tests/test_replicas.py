@@ -76,5 +76,16 @@ def test_what_replicas_cannot_do_is_refused(found):
     assert "divided among replicas are not measured" in watched
 
 
+def test_the_doctor_measures_a_loss_that_is_not_scaled(found):
+    scaled, (factor,) = found["examined"]
+    assert scaled == []
+    assert 1.99 < factor < 2.01
+
+
+def test_a_model_is_moved_to_the_replicas(found):
+    made, given = found["adopted"]
+    assert made == given
+
+
 def test_auto_takes_a_gear_that_replicas_have(found):
     assert found["chosen"] in ("graph", "fused-graph")

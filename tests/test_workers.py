@@ -11,9 +11,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from models import ALL, BATCH, FUSED, TENSORFLOW, relative
+from models import ALL, FUSED, TENSORFLOW, relative
 
-pytestmark = pytest.mark.skipif(not TENSORFLOW, reason="these processes are TensorFlow's")
+pytestmark = pytest.mark.skipif(
+    not TENSORFLOW, reason="these processes are TensorFlow's"
+)
 
 PROGRAM = Path(__file__).parent / "workers.py"
 PATIENCE_S = 300

@@ -32,7 +32,6 @@ STRATEGY = (
 
 import models  # noqa: E402
 import replicas_cases as cases  # noqa: E402
-from loopscope import open_run  # noqa: E402
 from loopscope.errors import LoopscopeError  # noqa: E402
 from models import BATCH, blobs, fresh, small_loop  # noqa: E402
 

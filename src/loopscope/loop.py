@@ -93,6 +93,11 @@ class Loop:
         jit_compile: Keras's word for a gear with XLA.
         steps_per_execution: Keras's word for a fused gear; also bounds a chunk.
         cache: Whether `"auto"` may use what it measured before.
+        strategy: The devices to train on, where the model was made for one: a
+            `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy`, or a
+            `keras.distribution.Distribution` on JAX. The model's variables are moved
+            there, and those of its optimizer and metrics. What an own step uses
+            besides is to be made in the strategy's scope.
         watch: Measure the signals of every `watch`-th step inside of the compiled
             step: norms of gradients and weights, update ratios, statistics of
             activations. They are in `ChunkEnd.signals`; the first value that is not
@@ -100,7 +105,7 @@ class Loop:
 
     Raises:
         GearError: No such gear on this backend. The model is left as it was.
-        UsageError: No model, or no such `watch`.
+        UsageError: No model, no such `watch`, or no such strategy.
     """
 
     def __init__(
@@ -119,9 +124,12 @@ class Loop:
         steps_per_execution: int | None = None,
         cache: bool = True,
         watch: int | None = None,
+        strategy: Any = None,
     ) -> None:
         self.backend = backends.current()
         checks.model(model)
+        if strategy is not None:
+            self.backend.adopt(model, strategy)
         unsaid = (run_eagerly, jit_compile, steps_per_execution) == (None, None, None)
         words = words_of(model) if gear == AUTO and unsaid else {}
         run_eagerly = words.get("run_eagerly", run_eagerly)
@@ -193,6 +201,8 @@ class Loop:
         self._step_s: dict[Phase, float] = {}
         self._initial: Initial = {}
         self._compile(optimizer, loss, metrics, loss_weights, weighted_metrics)
+        if strategy is not None:  # The optimizer, and what metrics have, as well.
+            self.backend.adopt(model, strategy)
 
     def _compile(
         self, optimizer: Any, loss: Any, metrics: Any, weights: Any, weighted: Any

@@ -244,6 +244,14 @@ class Backend(Protocol):
         """Copy to the host. Waits for the device."""
         ...
 
+    def adopt(self, model: Any, strategy: Any) -> None:
+        """Move a model that is there already onto the devices of a strategy.
+
+        Raises:
+            UsageError: No such strategy; nothing was moved.
+        """
+        ...
+
     def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
         """Where variables of a model with several replicas are made, or `None`."""
         ...
@@ -253,6 +261,10 @@ class Backend(Protocol):
 
         Where there is but one, or the framework divides batches by itself, the step.
         """
+        ...
+
+    def applied(self) -> AbstractContextManager[list[Array]]:
+        """A block; the list fills with the gradients that divided steps apply in it."""
         ...
 
     def in_first_replica(self) -> bool:

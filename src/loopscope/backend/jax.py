@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -113,6 +113,9 @@ class JaxBackend:
 
     def spread(self, step: Step, model: Any) -> Step:
         return step
+
+    def applied(self) -> AbstractContextManager[list[Any]]:
+        return nullcontext([])
 
     def in_first_replica(self) -> bool:
         return False  # One thread runs them all.

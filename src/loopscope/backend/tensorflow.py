@@ -101,6 +101,9 @@ class TensorFlowBackend:
     def to_numpy(self, array: Any) -> np.ndarray:
         return np.asarray(_host(array))
 
+    def adopt(self, model: Any, strategy: Any) -> None:
+        replicas.adopt(model, strategy)
+
     def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
         strategy = replicas.strategy_of(model)
         if strategy is None:
@@ -111,6 +114,9 @@ class TensorFlowBackend:
     def spread(self, step: Step, model: Any) -> Step:
         strategy = replicas.strategy_of(model)
         return step if strategy is None else replicas.spread(step, strategy)
+
+    def applied(self) -> AbstractContextManager[list[Any]]:
+        return replicas.applied()
 
     def in_first_replica(self) -> bool:
         return _replicas() > 1 and _replica() == 0

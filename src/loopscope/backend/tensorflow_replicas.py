@@ -57,6 +57,41 @@ DIVIDED = WeakSet[Step]()
 KNOWN = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def adopt(model: Any, strategy: Any) -> None:
+    """Give every variable of a model, and what trains it, a copy for each replica.
+
+    The variables keep their values and their Keras objects. Those that have copies
+    already are left alone.
+
+    Raises:
+        UsageError: Not a known strategy, or the model was made under another one.
+    """
+    _refuse_unknown(strategy, "`strategy`")
+    made = getattr(model, "_distribute_strategy", None)
+    if made not in (None, strategy):
+        raise UsageError(
+            "Expected a model that was made under no strategy, or under the one that "
+            f"is given. Received: a model made under another {type(made).__name__}"
+        )
+    optimizer = getattr(model, "optimizer", None)
+    found = [*model.variables, *getattr(model, "metrics_variables", ())]
+    found += list(optimizer.variables) if optimizer is not None else []
+    copied = tf.distribute.DistributedValues
+    variables = [v for v in found if not isinstance(v.value, copied)]
+    variables = list({id(v): v for v in variables}.values())
+    values = [v.numpy() for v in variables]
+    with strategy.scope():
+        for variable, value in zip(variables, values, strict=True):
+            variable._initialize(value)
+    for part in model._flatten_layers():
+        if hasattr(part, "_distribute_strategy"):
+            part._distribute_strategy = strategy
+            part.train_function = part.test_function = part.predict_function = None
+    for part in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if part is not None:
+            part._distribution_strategy = strategy
+
+
 def strategy_of(model: Any) -> Any:
     """The strategy with several replicas that a model was made under, or `None`.
 
@@ -66,13 +101,17 @@ def strategy_of(model: Any) -> Any:
     strategy = getattr(model, "_distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync < 2:
         return None
+    _refuse_unknown(strategy, "a model made under")
+    return strategy
+
+
+def _refuse_unknown(strategy: Any, what: str) -> None:
     if not isinstance(strategy, KNOWN):
         names = " or a ".join(f"`tf.distribute.{kind.__name__}`" for kind in KNOWN)
         raise UsageError(
-            f"A model can be made under a {names}, or under none. "
-            f"Received: a model made under a {type(strategy).__name__}"
+            f"Expected a model made under a {names}, or under none. "
+            f"Received: {what} {type(strategy).__name__}"
         )
-    return strategy
 
 
 def spread(step: Step, strategy: Any) -> Step:
@@ -220,9 +259,29 @@ def _before_clipping(real: Method) -> Method:
         part, grads = _PART.get(), list(grads)
         if part is not None and not part.summed:
             grads = _all_reduced(grads)
+        if part is not None and _APPLIED is not None:
+            context = tf.distribute.get_replica_context()
+            if tf.get_static_value(context.replica_id_in_sync_group) == 0:
+                _APPLIED.extend(g for g in grads if g is not None)
         return real(optimizer, grads, variables)
 
     return apply
+
+
+_APPLIED: list[Any] | None = None
+"""Where the gradients of divided steps are kept, if anybody asks for them."""
+
+
+@contextmanager
+def applied() -> Iterator[list[Any]]:
+    """A block; the list fills with the gradients that steps apply eagerly in it."""
+    global _APPLIED
+    found: list[Any] = []
+    _APPLIED = found
+    try:
+        yield found
+    finally:
+        _APPLIED = None
 
 
 def _as_they_are(real: Method) -> Method:
@@ -338,6 +397,8 @@ def _hooked() -> Iterator[None]:
 
 __all__ = [
     "DIVIDED",
+    "adopt",
+    "applied",
     "assign",
     "differentiating",
     "gradient",

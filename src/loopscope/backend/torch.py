@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -109,11 +109,21 @@ class TorchBackend:
     def to_numpy(self, array: Any) -> np.ndarray:
         return np.asarray(keras_core.convert_to_numpy(array))
 
+    def adopt(self, model: Any, strategy: Any) -> None:
+        raise UsageError(
+            "PyTorch has no strategies: start several processes (`loopscope train "
+            "EXPERIMENT --workers 2`, or torchrun), and each trains on its part of a "
+            f"batch. Received: strategy={strategy!r}"
+        )
+
     def distribution(self, model: Any) -> None:
         return None
 
     def spread(self, step: Step, model: Any) -> Step:
         return step
+
+    def applied(self) -> AbstractContextManager[list[Any]]:
+        return nullcontext([])
 
     def in_first_replica(self) -> bool:
         return False

@@ -156,6 +156,18 @@ class Facts:
             computed=computed,
         )
 
+    @cached_property
+    def divided(self) -> list[np.ndarray]:
+        """The gradients that the first step applies where devices divide it."""
+        if self.backend.distribution(self.model) is None:
+            return []
+        at = self.segment.start
+        part = Segment(self.segment.feed, at, at + 1)
+        with self._kept(), self.backend.applied() as gradients:
+            self.runner.run("train", EAGER, part)
+        self.runner.finished = 0
+        return [self.backend.to_numpy(gradient) for gradient in gradients]
+
     def watched(self) -> AbstractContextManager[surroundings.Watched]:
         """See what an own step changes in Python, and prints, within a block."""
         own = self.runner.stages["train"].step if self.own else None

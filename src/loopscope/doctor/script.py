@@ -48,6 +48,7 @@ OF_LOOPS = (
     "memory",
     "overfit",
     "overlap",
+    "replicas",
     "resuming",
     "retracing",
     "side_effects",
@@ -56,10 +57,6 @@ OF_LOOPS = (
     "waiting",
 )
 """Checks that need a step that can be run again, or the data as a whole."""
-
-
-OF_SCRIPTS = ("replicas",)
-"""Checks that only a script needs: a `Loop` has no such bug."""
 
 
 class Enough(BaseException):
