@@ -7,6 +7,7 @@ callbacks have assigned. Where there is but one process, nothing is said.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -107,7 +108,9 @@ class Together:
             return found
 
     def _lost(self, error: Exception) -> WorkerError:
-        why = (str(error).strip().splitlines() or [""])[-1][:300]
+        # Frameworks begin with where in a graph it was, in braces.
+        first = (re.sub(r"\{\{.*?\}\}", "", str(error)).split("\n") or [""])[0]
+        why = first.strip()[:300]
         return WorkerError(
             f"Worker {self.rank} of {self.size} has lost another one: it was killed, "
             "has failed, or cannot be reached. Look at what the others have said last; "

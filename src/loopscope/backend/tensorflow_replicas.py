@@ -138,11 +138,7 @@ def spread(step: Step, strategy: Any) -> Step:
                 outputs = step(*mine)
             finally:
                 _PART.reset(token)
-            for native, before in part.assigned.values():
-                _settle(native, before, share)
-            # A loss that was scaled for a tape is a part of the mean, and not a mean.
-            weight = 1.0 if part.scaled else share
-            return map_structure(lambda leaf: _added(leaf, weight), outputs)
+            return _settle(part, outputs)
 
         with _hooked():
             outputs = strategy.run(on_one)
@@ -195,18 +191,6 @@ def _rows(
     return part, tf.cast(stop - start, "float32") / tf.cast(whole, "float32")
 
 
-def _added(leaf: Any, weight: Any) -> Any:
-    """A number of all replicas, of which one has `leaf`; an array as it is."""
-    if not tf.is_tensor(leaf) or leaf.shape.rank:
-        return leaf
-    context = tf.distribute.get_replica_context()
-    part = tf.cast(leaf, "int32") if leaf.dtype.is_bool else leaf
-    if leaf.dtype.is_floating:
-        part = leaf * tf.cast(weight, leaf.dtype)
-    total = context.all_reduce(tf.distribute.ReduceOp.SUM, part)
-    return total > 0 if leaf.dtype.is_bool else total
-
-
 def _joined(leaf: Any, rows: int | None, strategy: Any) -> Any:
     """The arrays of all replicas in order; of numbers, which are alike, the first.
 
@@ -220,10 +204,41 @@ def _joined(leaf: Any, rows: int | None, strategy: Any) -> Any:
     return tf.concat(values, 0)
 
 
+TOGETHER_BYTES = 2**16
+"""Up to so many bytes a tensor is sent with others, in one message.
+
+A message costs a fraction of a millisecond whatever it holds; larger ones are not worth
+a copy.
+"""
+
+
+def _summed(parts: Sequence[Any]) -> list[Any]:
+    """The sums over all replicas, in as few messages as may be."""
+    context, add = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
+    alone: list[int] = []
+    by_dtype: dict[Any, list[int]] = {}
+    for index, part in enumerate(parts):
+        size = None if isinstance(part, tf.IndexedSlices) else part.shape.num_elements()
+        if size is None or size * part.dtype.size > TOGETHER_BYTES:
+            alone.append(index)
+        else:
+            by_dtype.setdefault(part.dtype, []).append(index)
+    sums: dict[int, Any] = {}
+    if alone:
+        found = context.all_reduce(add, [parts[i] for i in alone])
+        sums.update(zip(alone, found, strict=True))
+    for indices in by_dtype.values():
+        shapes = [parts[i].shape for i in indices]
+        flat = tf.concat([tf.reshape(parts[i], [-1]) for i in indices], 0)
+        sizes = [shape.num_elements() for shape in shapes]
+        pieces = tf.split(context.all_reduce(add, flat), sizes)
+        for i, piece, shape in zip(indices, pieces, shapes, strict=True):
+            sums[i] = tf.reshape(piece, shape)
+    return [sums[index] for index in range(len(parts))]
+
+
 def _all_reduced(grads: Sequence[Any]) -> list[Any]:
-    context = tf.distribute.get_replica_context()
-    there = [g for g in grads if g is not None]
-    found = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, there) if there else ())
+    found = iter(_summed([g for g in grads if g is not None]))
     return [None if g is None else next(found) for g in grads]
 
 
@@ -348,20 +363,47 @@ def settled(native: Any) -> Any:
     return native
 
 
-def _settle(native: Any, before: Any, share: Any) -> None:
-    """Make one value of what the replicas have of a variable: the state has but one.
+def _settle(part: _Part, outputs: Any) -> Any:
+    """Make one value of what the replicas have: of each variable, and each output.
 
-    Called on each of them. What each has added is summed. Where each has its own, as
-    BatchNorm has its moving statistics, all get the mean.
+    Called on each of them, when its step is over. What each has added to a metric is
+    summed. Where each has its own, as BatchNorm has its moving statistics, all get the
+    mean. Outputs that are arrays stay as they are.
     """
-    context = tf.distribute.get_replica_context()
-    own = tf.identity(native)
-    if getattr(native, "synchronization", None) == ON_READ and own.dtype != tf.bool:
-        added = context.all_reduce(tf.distribute.ReduceOp.SUM, own - before)
-        native.assign(before + added)
-    elif native.aggregation == tf.VariableAggregation.NONE and native.dtype.is_floating:
-        part = own * tf.cast(share, native.dtype)
-        native.assign(context.all_reduce(tf.distribute.ReduceOp.SUM, part))
+    natives, before, parts = [], [], []
+    for native, was in part.assigned.values():
+        own, sync = tf.identity(native), getattr(native, "synchronization", None)
+        if sync == ON_READ and not native.dtype.is_bool:
+            parts.append(own - was)
+            before.append(was)
+        elif (
+            native.aggregation == tf.VariableAggregation.NONE
+            and native.dtype.is_floating
+        ):
+            parts.append(own * tf.cast(part.share, native.dtype))
+            before.append(None)
+        else:
+            continue
+        natives.append(native)
+    # A loss that was scaled for a tape is a part of the mean, and not a mean.
+    weight = 1.0 if part.scaled else part.share
+    leaves = keras.tree.flatten(outputs)
+    numbers = [i for i, v in enumerate(leaves) if tf.is_tensor(v) and not v.shape.rank]
+    parts += [_part_of(leaves[i], weight) for i in numbers]
+    sums = _summed(parts)
+    for native, was, total in zip(natives, before, sums, strict=False):
+        native.assign(total if was is None else was + total)
+    for i, total in zip(numbers, sums[len(natives) :], strict=True):
+        leaves[i] = total > 0 if leaves[i].dtype.is_bool else total
+    return keras.tree.pack_sequence_as(outputs, leaves)
+
+
+def _part_of(number: Any, weight: Any) -> Any:
+    """What a replica's output adds to the one of all."""
+    if number.dtype.is_bool:
+        return tf.cast(number, "int32")
+    floating = number.dtype.is_floating
+    return number * tf.cast(weight, number.dtype) if floating else number
 
 
 def assign(native: Any, value: Any) -> None:
