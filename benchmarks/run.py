@@ -313,6 +313,7 @@ def page_alone(chosen: argparse.Namespace, say: Say) -> None:
     import pytorch
     import recording
     import report_recording
+    import scaling
     import watching
     from report import machine
 
@@ -321,6 +322,7 @@ def page_alone(chosen: argparse.Namespace, say: Say) -> None:
     sections: dict[str, tuple[Callable[..., Any], Callable[..., str]]] = {
         "pytorch": (pytorch.measure, pytorch.page),
         "recording": (recording.measure, report_recording.page),
+        "scaling": (scaling.measure, scaling.page),
         "watching": (watching.measure, watching.page),
     }
     measure, page = sections[name]
@@ -371,7 +373,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--only",
-        choices=("callbacks", "pytorch", "recording", "watching"),
+        choices=("callbacks", "pytorch", "recording", "scaling", "watching"),
         help="measure this section alone and print its tables; writes no files, but "
         "results-SECTION.md where --out is given (not for callbacks)",
     )
