@@ -34,6 +34,7 @@ from loopscope.backend.base import (
     due_at,
     no_gradient,
 )
+from loopscope.cluster import Place
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError, UsageError
 from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
@@ -122,6 +123,12 @@ class JaxBackend:
 
     def team(self, model: Any) -> Team:
         return Alone()
+
+    def join(self, place: Place) -> AbstractContextManager[None]:
+        raise UsageError(
+            f"The jax backend has no workers yet. Received: {place.told_by} for worker "
+            f"{place.rank} of {place.size}. Train alone, or on TensorFlow."
+        )
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_jax_iterator()

@@ -40,6 +40,7 @@ from loopscope.backend.base import (
     no_gradient,
 )
 from loopscope.backend.torch_graph import Values, readable, refuse_sums, tracing
+from loopscope.cluster import Place
 from loopscope.data.feed import Feed, Native, Spec, dtype_name
 from loopscope.errors import StepError, UsageError
 from loopscope.gear import EAGER, GRAPH, Gear
@@ -130,6 +131,12 @@ class TorchBackend:
 
     def team(self, model: Any) -> Team:
         return Alone()
+
+    def join(self, place: Place) -> AbstractContextManager[None]:
+        raise UsageError(
+            f"The torch backend has no workers yet. Received: {place.told_by} for "
+            f"worker {place.rank} of {place.size}. Train alone, or on TensorFlow."
+        )
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_numpy_iterator()
