@@ -8,6 +8,7 @@
     │   ├── ExperimentError              an experiment that cannot be imported
     │   └── RunError                     a run folder that cannot be used so
     ├── TraceError                       a step of which there is no graph
+    ├── WorkerError                      another process of the team is gone
     └── BackendError (also an ImportError)  a backend that is missing or unknown
 
 An exception of the user's own (in a source, a step, a callback) is never
@@ -54,6 +55,13 @@ class TraceError(LoopscopeError):
     """
 
     accumulates = False
+
+
+class WorkerError(LoopscopeError):
+    """Another one of the processes that train together is gone, or hangs.
+
+    The variables stand where the last finished step has left them.
+    """
 
 
 class BackendError(LoopscopeError, ImportError):
