@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from operator import is_
 from typing import Any
 
 import keras
@@ -422,10 +423,12 @@ class _Compiled:
         self._step, self._trace, self._state = step, trace, variables
         self._variables = [v for v in variables if v is not GENERATOR]
         self._call: Callable[..., Any] | None = None
+        self._natives: list[torch.Tensor] = []
+        self._tensors: list[torch.Tensor] = []
 
     def __call__(self, batch: tuple[Tree, ...]) -> Tree:
         leaves = keras.tree.flatten(batch)
-        tensors = [_native(v).detach() for v in self._variables]
+        tensors = self._detached_tensors()
         with parts.running(self._step, batch, partial(_natives, self._state)):
             if self._call is None:
                 self._call = self._compile(tensors, batch, leaves)
@@ -435,6 +438,14 @@ class _Compiled:
             for leaf in keras.tree.flatten(self._trace.outputs)
         ]
         return keras.tree.pack_sequence_as(self._trace.outputs, outputs)
+
+    def _detached_tensors(self) -> list[torch.Tensor]:
+        """Those of the variables, detached once: they are changed in place."""
+        natives = [_native(v) for v in self._variables]
+        if not self._tensors or not all(map(is_, natives, self._natives)):
+            self._natives = natives
+            self._tensors = [native.detach() for native in natives]
+        return self._tensors
 
     def _compile(
         self, tensors: Sequence[torch.Tensor], batch: Any, leaves: Sequence[Any]
