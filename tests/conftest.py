@@ -61,6 +61,7 @@ ON_TORCH = (
     "test_state.py",
     "test_torch.py",
     "test_trials.py",
+    "test_workers_torch.py",
 )
 """Files whose tests are made for PyTorch as well; the others know two backends."""
 

@@ -21,7 +21,7 @@ from loopscope import cluster
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BACKEND = keras.backend.backend()
-HAS_WORKERS = BACKEND == "tensorflow"
+HAS_WORKERS = BACKEND != "jax"
 
 needs_workers = pytest.mark.skipif(not HAS_WORKERS, reason="this backend has none yet")
 

@@ -58,7 +58,7 @@ class TraceError(LoopscopeError):
 
 
 class WorkerError(LoopscopeError):
-    """Of several processes that train together one is gone, or the chief has failed.
+    """Of processes that train together one is gone or hangs, or the chief has failed.
 
     The variables are as the last finished step left them; without the other worker
     none can be made.

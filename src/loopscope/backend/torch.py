@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import is_
 from typing import Any
 
 import keras
@@ -25,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from loopscope.backend import torch_parts as parts
 from loopscope.backend.base import (
     Alone,
     Audience,
@@ -40,6 +42,7 @@ from loopscope.backend.base import (
     no_gradient,
 )
 from loopscope.backend.torch_graph import Values, readable, refuse_sums, tracing
+from loopscope.backend.torch_workers import join, joined
 from loopscope.cluster import Place
 from loopscope.data.feed import Feed, Native, Spec, dtype_name
 from loopscope.errors import StepError, UsageError
@@ -121,7 +124,8 @@ class TorchBackend:
         return None
 
     def spread(self, step: Step, model: Any) -> Step:
-        return step
+        workers = joined()
+        return step if workers is None else parts.spread(step, workers, model)
 
     def applied(self) -> AbstractContextManager[list[Any]]:
         return nullcontext([])
@@ -130,13 +134,10 @@ class TorchBackend:
         return False
 
     def team(self, model: Any) -> Team:
-        return Alone()
+        return joined() or Alone()
 
     def join(self, place: Place) -> AbstractContextManager[None]:
-        raise UsageError(
-            f"The torch backend has no workers yet. Received: {place.told_by} for "
-            f"worker {place.rank} of {place.size}. Train alone, or on TensorFlow."
-        )
+        return join(place)
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_numpy_iterator()
@@ -211,8 +212,13 @@ class TorchBackend:
         *,
         watched: bool = False,
     ) -> Program:
+        if watched and joined() is not None:
+            raise UsageError(
+                "Signals of a step that is divided among workers are not measured. "
+                "Leave `watch` out, or train in one process."
+            )
         if trace is None:
-            return _eager(step)
+            return _eager(step, variables)
         if not watched:
             return _compiled({(): _Compiled(step, trace, variables)})
         # Whether signals are due is known before each step: a program for either.
@@ -346,6 +352,13 @@ def _native(variable: Any) -> torch.Tensor:
     return native
 
 
+def _natives(variables: Iterable[Any]) -> list[tuple[Any, torch.Tensor]]:
+    """Variables with their tensors; of PyTorch's generator, its state."""
+    return [
+        (v, torch.get_rng_state() if v is GENERATOR else _native(v)) for v in variables
+    ]
+
+
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(a.dtype == b.dtype and a.shape == b.shape)
 
@@ -392,12 +405,14 @@ def _stacked(outputs: Sequence[Tree]) -> Tree:
     return map_structure(stack, *outputs)
 
 
-def _eager(step: Step) -> Program:
+def _eager(step: Step, variables: Sequence[Any]) -> Program:
     def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
         outputs = []
         for i in range(stop - start):
-            with torch.set_grad_enabled(not _is_ours(step)):
-                outputs.append(step(*due_at(due, i), *_batch(feed, start + i)))
+            batch = _batch(feed, start + i)
+            on_all = parts.running(step, batch, partial(_natives, variables))
+            with on_all, torch.set_grad_enabled(not _is_ours(step)):
+                outputs.append(step(*due_at(due, i), *batch))
         return _stacked(outputs)
 
     return run
@@ -419,21 +434,32 @@ class _Compiled:
     """One step, compiled when it is first called."""
 
     def __init__(self, step: Step, trace: Trace, variables: Sequence[Any]) -> None:
-        self._step, self._trace = step, trace
+        self._step, self._trace, self._state = step, trace, variables
         self._variables = [v for v in variables if v is not GENERATOR]
         self._call: Callable[..., Any] | None = None
+        self._natives: list[torch.Tensor] = []
+        self._tensors: list[torch.Tensor] = []
 
     def __call__(self, batch: tuple[Tree, ...]) -> Tree:
         leaves = keras.tree.flatten(batch)
-        tensors = [_native(v).detach() for v in self._variables]
-        if self._call is None:
-            self._call = self._compile(tensors, batch, leaves)
-        found = iter(self._call(*tensors, *leaves))
+        tensors = self._detached_tensors()
+        with parts.running(self._step, batch, partial(_natives, self._state)):
+            if self._call is None:
+                self._call = self._compile(tensors, batch, leaves)
+            found = iter(self._call(*tensors, *leaves))
         outputs = [
             next(found) if isinstance(leaf, Spec) else leaf
             for leaf in keras.tree.flatten(self._trace.outputs)
         ]
         return keras.tree.pack_sequence_as(self._trace.outputs, outputs)
+
+    def _detached_tensors(self) -> list[torch.Tensor]:
+        """Those of the variables, detached once: they are changed in place."""
+        natives = [_native(v) for v in self._variables]
+        if not self._tensors or not all(map(is_, natives, self._natives)):
+            self._natives = natives
+            self._tensors = [native.detach() for native in natives]
+        return self._tensors
 
     def _compile(
         self, tensors: Sequence[torch.Tensor], batch: Any, leaves: Sequence[Any]
