@@ -21,8 +21,8 @@ from jax.extend.core import Literal, get_opaque_trace_state
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
 from loopscope.backend import jax_devices as devices
+from loopscope.backend import jax_workers as workers
 from loopscope.backend.base import (
-    Alone,
     Audience,
     Observer,
     Program,
@@ -118,8 +118,12 @@ class JaxBackend:
     def to_numpy(self, array: Any) -> np.ndarray:
         return devices.to_numpy(array)
 
-    def distribution(self, model: Any) -> None:
-        return None
+    def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
+        # In one process nothing is asked that all of its devices would not answer.
+        if not workers.several():
+            return None
+        scope: AbstractContextManager[Any] = devices.current().scope()
+        return scope
 
     def spread(self, step: Step, model: Any) -> Step:
         distribution = devices.check(model)
@@ -129,7 +133,7 @@ class JaxBackend:
         return False  # One thread runs them all.
 
     def team(self, model: Any) -> Team:
-        return Alone()
+        return workers.team()
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_jax_iterator()
@@ -196,12 +200,8 @@ class JaxBackend:
         watched: bool = False,
     ) -> Program:
         one = _cutter(feed, _with_loss_scaling(step))
-        if trace is None:
-            return _eager(one, variables)
-        pure = _pure(one, variables)
-        if not gear.fused or feed.kind == "whole":
-            return _stepwise(devices.compiled(pure, variables), variables)
-        return _fused(pure, variables, trace, capacity)
+        made = _made(one, gear, feed, trace, variables, capacity)
+        return workers.explained(made) if workers.several() else made
 
     def model_step(self, model: Any, phase: str) -> Step:
         def step(data: Any) -> Any:
@@ -570,6 +570,22 @@ def _place(stack: str) -> tuple[str, str]:
     phase = "backward" if "transpose(" in stack else "forward"
     plain = re.sub(r"\w+\(|\)", "", stack).strip("/")
     return plain, phase if plain else "other"
+
+
+def _made(
+    one: Callable[..., Any],
+    gear: Gear,
+    feed: Feed,
+    trace: Trace | None,
+    variables: Sequence[Any],
+    capacity: int,
+) -> Program:
+    if trace is None:
+        return _eager(one, variables)
+    pure = _pure(one, variables)
+    if not gear.fused or feed.kind == "whole":
+        return _stepwise(devices.compiled(pure, variables), variables)
+    return _fused(pure, variables, trace, capacity)
 
 
 def _stepwise(pure: Callable[..., Any], variables: Sequence[Any]) -> Program:
