@@ -21,9 +21,6 @@ from loopscope import cluster
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BACKEND = keras.backend.backend()
-HAS_WORKERS = BACKEND != "jax"
-
-needs_workers = pytest.mark.skipif(not HAS_WORKERS, reason="this backend has none yet")
 
 # Kubernetes: what the reference of its API (v1, batch/v1) has for the fields in use.
 # Anything else is refused, a name that is misspelt too.
@@ -255,7 +252,6 @@ def free_stretch(size: int) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@needs_workers
 def test_the_script_for_slurm_trains_on_two_tasks(tmp_path):
     srun = tmp_path / "srun"
     srun.write_text(f"#!{sys.executable}\n{SRUN}")
@@ -289,7 +285,6 @@ def test_the_script_for_slurm_trains_on_two_tasks(tmp_path):
 
 
 @pytest.mark.slow
-@needs_workers
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_train_trains_on_two_workers(tmp_path):
     done = subprocess.run(

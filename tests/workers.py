@@ -7,40 +7,63 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 RANK, SIZE, PORT = (int(word) for word in sys.argv[1:4])
-if SIZE > 1:
+BACKEND = os.environ["KERAS_BACKEND"]
+HEARTBEAT_S = 10
+"""JAX ends a process that has lost another one after so long, if it hears of nothing."""
+
+if BACKEND == "tensorflow" and SIZE > 1:
     os.environ["TF_CONFIG"] = json.dumps(
         {
             "cluster": {"worker": [f"127.0.0.1:{PORT + i}" for i in range(SIZE)]},
             "task": {"type": "worker", "index": RANK},
         }
     )
+if BACKEND == "torch" and SIZE > 1:
+    os.environ |= {"RANK": str(RANK), "WORLD_SIZE": str(SIZE)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
+if BACKEND == "jax":
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if SIZE > 1:
+        jax.distributed.initialize(
+            f"127.0.0.1:{PORT}", SIZE, RANK, heartbeat_timeout_seconds=HEARTBEAT_S
+        )
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
 
-tf.get_logger().setLevel("ERROR")
-STRATEGY = (
-    tf.distribute.MultiWorkerMirroredStrategy()
-    if SIZE > 1
-    else tf.distribute.get_strategy()
-)
-
+import loopscope  # noqa: E402
 import models  # noqa: E402
-import replicas_cases as cases  # noqa: E402
+from loopscope import Recording  # noqa: E402
 from loopscope.errors import LoopscopeError  # noqa: E402
 from models import BATCH, blobs, fresh, small_loop  # noqa: E402
+
+STRATEGY, OWN = None, {}
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    import replicas_cases as cases
+
+    OWN = cases.OWN
+    tf.get_logger().setLevel("ERROR")
+    if SIZE > 1:
+        STRATEGY = tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def made(make, gear, **options):
     """The loop, for all workers."""
 
     def under(gear, **options):
-        with STRATEGY.scope():
+        if BACKEND == "jax" and SIZE > 1:
+            keras.distribution.set_distribution(keras.distribution.DataParallel())
+        with STRATEGY.scope() if STRATEGY is not None else nullcontext():
             return make(gear, **options)
 
     return fresh(under, gear, **options)
@@ -54,7 +77,7 @@ def follows(folder, gear, *names):
     """Two steps, the second one of five rows, of each model; the state as a file."""
     found = {}
     for name in names:
-        build = cases.OWN.get(name) or getattr(models, name)
+        build = OWN.get(name) or getattr(models, name)
         make, data = build()
         rows = keras.tree.map_structure(
             lambda a: np.concatenate([a] * 2)[: BATCH + 5], data
@@ -109,8 +132,6 @@ def counted(gear):
         loop.seen = seen
         return loop
 
-    import loopscope
-
     x, y = blobs(rows)
     given = {"x": x, "index": np.arange(rows, dtype="float32")}
     loop = made(make, gear)
@@ -159,8 +180,6 @@ def with_callbacks(gear):
 
 def streamed(gear):
     """Batches from a generator, none of which comes at the same time."""
-    import time
-
     x, y = blobs(7 * BATCH)
 
     def batches():
@@ -223,8 +242,6 @@ def recorded(gear, run, epochs="4", leave=""):
         loop.subscribe(listener, chunk_steps={"train": 1})
     arguments = {"batch_size": BATCH, "epochs": int(epochs), "verbose": 0}
     arguments["validation_data"] = blobs(13, seed=8)
-    from loopscope import Recording
-
     how = Recording(run, every_s=0.01, replay_steps=2)
     try:
         loop.fit(x, y, run=how, resume=True, **arguments)
@@ -236,7 +253,9 @@ def recorded(gear, run, epochs="4", leave=""):
 def quick(gear, folder):
     """What the quick suite asks, in one process."""
     return {
-        "follows": follows(folder, gear, "subclassed", "with_tape"),
+        "follows": follows(
+            folder, gear, "subclassed", *[n for n in OWN if "tape" in n]
+        ),
         "counted": counted(gear),
         "with_callbacks": with_callbacks(gear),
         "streamed": streamed(gear),

@@ -95,9 +95,9 @@ class Loop:
         cache: Whether `"auto"` may use what it measured before.
         strategy: The devices to train on, where the model was made for one: a
             `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy`, or a
-            `keras.distribution.Distribution` on JAX. The model's variables are moved
-            there, and those of its optimizer and metrics. What an own step uses
-            besides is to be made in the strategy's scope.
+            `keras.distribution.DataParallel` or `ModelParallel` on JAX. The model's
+            variables are moved there, and those of its optimizer and metrics. What an
+            own step uses besides is to be made in the strategy's scope.
         watch: Measure the signals of every `watch`-th step inside of the compiled
             step: norms of gradients and weights, update ratios, statistics of
             activations. They are in `ChunkEnd.signals`; the first value that is not

@@ -157,9 +157,9 @@ class Runner:
 
     def _step(self, phase: Phase, specs: tuple[Any, ...]) -> Step:
         """The phase's step as it is traced and run, watched if it is to be."""
-        step = self.executable(phase)
+        step = self.backend.spread(self.executable(phase), self.model)
         if not self._watches(phase):
-            return self.backend.spread(step, self.model)
+            return step
         watchers, key = self.stages[phase].watchers, repr(specs)
         watcher = watchers.setdefault(key, Watcher(self.backend))
         return watcher.watched(step)

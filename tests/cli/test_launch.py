@@ -62,9 +62,9 @@ def long():
 """
 GEARS = {"tensorflow": "fused-graph", "jax": "fused-xla", "torch": "eager"}
 BACKEND = keras.backend.backend()
-HAS_WORKERS = BACKEND != "jax"
 
-needs_workers = pytest.mark.skipif(not HAS_WORKERS, reason="this backend has none yet")
+# Processes take their time to begin; the quick suite has them on one backend.
+pytestmark = pytest.mark.slow_on_jax
 
 
 @pytest.fixture
@@ -126,7 +126,6 @@ def losses(run: str) -> np.ndarray:
     return with_steps["loss"]
 
 
-@needs_workers
 def test_two_workers_train_a_run_that_one_machine_rewinds_and_goes_on_with(folder):
     code, out, err = called(
         *("train", "experiment.py:tiny", "--workers", "2", "--run", "runs/two"),
@@ -157,7 +156,6 @@ def test_two_workers_train_a_run_that_one_machine_rewinds_and_goes_on_with(folde
 
 
 @pytest.mark.slow
-@needs_workers
 def test_a_run_of_one_goes_on_with_two_to_the_same_numbers(folder):
     arguments = ("train", "experiment.py:tiny", "--epochs", "2", "--run", "runs/a")
     assert in_process(*arguments).exit_code == 0
@@ -169,7 +167,6 @@ def test_a_run_of_one_goes_on_with_two_to_the_same_numbers(folder):
 
 
 @pytest.mark.slow
-@needs_workers
 def test_a_run_of_two_that_was_stopped_ends_in_the_same_bits(folder):
     arguments = ("train", "experiment.py:tiny", "--workers", "2", "--json")
     code, whole, err = called(*arguments, "--run", "runs/whole")
@@ -184,7 +181,6 @@ def test_a_run_of_two_that_was_stopped_ends_in_the_same_bits(folder):
 
 
 @pytest.mark.slow
-@needs_workers
 @pytest.mark.parametrize(
     ("how", "who", "said"),
     [
@@ -224,7 +220,6 @@ def trains(run: str):
 
 
 @pytest.mark.slow
-@needs_workers
 @pytest.mark.parametrize(
     ("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
@@ -242,7 +237,6 @@ def test_a_signal_ends_all_workers_saved(folder, number, expected):
 
 
 @pytest.mark.slow
-@needs_workers
 def test_workers_of_a_launcher_that_was_killed_end_by_themselves(folder):
     process = started(
         *("train", "experiment.py:long", "--workers", "2", "--run", "runs/a")
@@ -254,7 +248,6 @@ def test_workers_of_a_launcher_that_was_killed_end_by_themselves(folder):
 
 
 @pytest.mark.slow
-@needs_workers
 def test_what_all_workers_refuse_is_said_once(folder):
     code, _, err = called("train", "experiment.py:absent", "--workers", "2")
     assert code == 2
@@ -263,7 +256,6 @@ def test_what_all_workers_refuse_is_said_once(folder):
 
 
 @pytest.mark.slow
-@needs_workers
 def test_workers_that_another_launcher_has_started_join_without_the_option(folder):
     with socket.socket() as one, socket.socket() as other:
         for held in (one, other):

@@ -20,8 +20,9 @@ import numpy as np
 from jax.extend.core import Literal, get_opaque_trace_state
 from keras.src.trainers.data_adapters import data_adapter_utils as kinds
 
+from loopscope.backend import jax_devices as devices
+from loopscope.backend import jax_workers as workers
 from loopscope.backend.base import (
-    Alone,
     Audience,
     Observer,
     Program,
@@ -63,13 +64,23 @@ class JaxBackend:
     )
 
     def device(self) -> str:
-        return str(jax.devices()[0].device_kind)
+        kind, distribution = str(jax.devices()[0].device_kind), devices.current()
+        if distribution is None:
+            return kind
+        return f"{devices.mesh_of(distribution).size} x {kind}"
 
     def threads(self) -> dict[str, int]:
         return {"cores": cores()}
 
     def flags(self) -> dict[str, str]:
+        distribution = devices.current()
+        divided = (
+            {}
+            if distribution is None
+            else {"keras.distribution": devices.named(distribution)}
+        )
         return {
+            **divided,
             "jax_enable_x64": str(jax.config.jax_enable_x64),
             "jax_default_matmul_precision": str(
                 jax.config.jax_default_matmul_precision
@@ -103,17 +114,24 @@ class JaxBackend:
         return get_opaque_trace_state()
 
     def place(self, array: Any) -> jax.Array:
-        # A copy: JAX on CPU may otherwise share the memory of a NumPy array.
-        return jnp.array(array)
+        return devices.place(array)
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
+        return devices.to_numpy(array)
 
-    def distribution(self, model: Any) -> None:
-        return None
+    def adopt(self, model: Any, strategy: Any) -> None:
+        devices.adopt(model, strategy)
+
+    def distribution(self, model: Any) -> AbstractContextManager[Any] | None:
+        # In one process nothing is asked that all of its devices would not answer.
+        if not workers.several():
+            return None
+        scope: AbstractContextManager[Any] = devices.current().scope()
+        return scope
 
     def spread(self, step: Step, model: Any) -> Step:
-        return step
+        distribution = devices.check(model)
+        return step if distribution is None else devices.spread(step, distribution)
 
     def applied(self) -> AbstractContextManager[list[Any]]:
         return nullcontext([])
@@ -122,13 +140,10 @@ class JaxBackend:
         return False  # One thread runs them all.
 
     def team(self, model: Any) -> Team:
-        return Alone()
+        return workers.team()
 
     def join(self, place: Place) -> AbstractContextManager[None]:
-        raise UsageError(
-            f"The jax backend has no workers yet. Received: {place.told_by} for worker "
-            f"{place.rank} of {place.size}. Train alone, or on TensorFlow."
-        )
+        return workers.joined(place)
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_jax_iterator()
@@ -199,7 +214,7 @@ class JaxBackend:
             return _eager(one, variables)
         pure = _pure(one, variables)
         if not gear.fused or feed.kind == "whole":
-            return _stepwise(jax.jit(pure), variables)
+            return _stepwise(devices.compiled(pure, variables), variables)
         return _fused(pure, variables, trace, capacity)
 
     def model_step(self, model: Any, phase: str) -> Step:
@@ -404,6 +419,7 @@ def _cutter(feed: Feed, step: Step) -> Callable[..., Any]:
 
 def _pure(one: Callable[..., Any], variables: Sequence[Any]) -> Callable[..., Any]:
     """`(values, arrays, order, index, *due) -> (new values, outputs)`."""
+    layouts = devices.own(variables)
 
     def pure(
         values: Any, arrays: Any, order: Any, index: Any, *due: Any
@@ -416,7 +432,7 @@ def _pure(one: Callable[..., Any], variables: Sequence[Any]) -> Callable[..., An
             jax.lax.convert_element_type(n, v.dtype)
             for n, v in zip(new, values, strict=True)
         ]
-        return new, map_structure(jnp.asarray, outputs)
+        return devices.kept(new, layouts), map_structure(jnp.asarray, outputs)
 
     return pure
 
@@ -609,7 +625,7 @@ def _fused(
         )
         return values, buffers
 
-    compiled = jax.jit(many)
+    compiled = devices.compiled(many, variables)
 
     def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
         bounds = (np.int32(start), np.int32(stop))
