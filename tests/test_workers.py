@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from models import ALL, FUSED, TENSORFLOW, relative
+from models import ALL, FUSED, JAX, TENSORFLOW, relative
 
 pytestmark = pytest.mark.skipif(
     not TENSORFLOW, reason="these processes are TensorFlow's"
@@ -45,13 +45,22 @@ def free_ports(count):
     raise OSError("no free ports")
 
 
-def together(size, what, *arguments, dying=()):
+def together(size, what, *arguments, dying=(), others_may=False):
     """What each of `size` processes has found; `None` of those that die."""
     with TemporaryDirectory() as folder:
-        return _together(Path(folder), size, what, arguments, dying)
+        ended = _together(Path(folder), size, what, arguments)
+        found = []
+        for rank, (code, out, err) in enumerate(ended):
+            if rank in dying:
+                assert code, f"worker {rank} was to die"
+            elif not others_may:
+                assert code == 0, f"worker {rank}: {err.read_text()[-3000:]}"
+            said = out.read_text().splitlines()
+            found.append(json.loads(said[-1]) if code == 0 else None)
+        return found
 
 
-def _together(folder, size, what, arguments, dying):
+def _together(folder, size, what, arguments):
     port, started = free_ports(size), []
     given = [str(argument) for argument in (size, port, what, *arguments)]
     for rank in range(size):
@@ -70,16 +79,7 @@ def _together(folder, size, what, arguments, dying):
         for process, *_ in started:
             process.kill()
             process.wait()
-    found = []
-    for rank, (process, out, err) in enumerate(started):
-        if rank in dying:
-            assert process.returncode, f"worker {rank} was to die"
-            found.append(None)
-        else:
-            said = err.read_text()[-3000:]
-            assert process.returncode == 0, f"worker {rank}: {said}"
-            found.append(json.loads(out.read_text().splitlines()[-1]))
-    return found
+    return [(process.returncode, out, err) for process, out, err in started]
 
 
 def apart(folder, name, size):
@@ -101,10 +101,11 @@ def found(tmp_path_factory):
     return folder, one, together(2, "quick", FUSED, folder)
 
 
-@pytest.mark.parametrize("name", ["subclassed", "with_tape"])
+@pytest.mark.parametrize("name", ["subclassed", *(["with_tape"] * TENSORFLOW)])
 def test_workers_follow_a_single_process(name, found):
     folder, one, two = found
-    assert apart(folder, name, 2) < 1e-6
+    # On JAX, Adam shows the rounding of gradients next to 0 (docs/scale.md).
+    assert apart(folder, name, 2) < (1e-5 if JAX else 1e-6)
     for worker in two:
         history = worker["follows"][name]
         assert history == two[0]["follows"][name]
@@ -160,11 +161,14 @@ def test_what_the_chief_raises_ends_all(found):
 
 
 def test_other_initial_variables_are_refused(found):
-    _, _, (_, other) = found
-    assert "begins with other variables than the chief" in other["differing"]
+    _, _, two = found
+    for worker in two:
+        said = "UsageError: Other variables than the chief's on worker 1."
+        assert worker["differing"].startswith(said)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not TENSORFLOW, reason="test_devices.py and test_workers_torch.py")
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("gear", ["eager", "graph", "fused-graph"])
 def test_workers_follow_a_single_process_on_all_models(size, gear, tmp_path):
@@ -183,9 +187,12 @@ def test_killed_workers_go_on_to_the_same_bits(size, leave, tmp_path):
     whole = together(size, "recorded", FUSED, tmp_path / "whole")
     assert all(worker == whole[0] for worker in whole)
     who = leave.partition(":")[0]
-    # What else the chief's end does to the others is TensorFlow's affair.
-    dying = range(size) if who in ("all", "0") else [int(who)]
-    left = together(size, "recorded", FUSED, tmp_path / "left", 4, leave, dying=dying)
+    dying = range(size) if who == "all" else [int(who)]
+    left = together(
+        *(size, "recorded", FUSED, tmp_path / "left", 4, leave),
+        dying=dying,
+        others_may=JAX,  # It ends processes itself, by a signal.
+    )
     for worker in left:
         assert worker is None or worker["error"].startswith("WorkerError: Worker ")
     assert together(size, "recorded", FUSED, tmp_path / "left") == whole
@@ -193,12 +200,8 @@ def test_killed_workers_go_on_to_the_same_bits(size, leave, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path):
-    (whole,) = together(1, "recorded", FUSED, tmp_path / "whole")
-    together(2, "recorded", FUSED, tmp_path / "two", 2)
-    (found,) = together(1, "recorded", FUSED, tmp_path / "two")
+    (whole,) = together(1, "recorded", FUSED, tmp_path / "one", 4, "", "small_loop")
+    together(2, "recorded", FUSED, tmp_path / "two", 2, "", "small_loop")
+    (found,) = together(1, "recorded", FUSED, tmp_path / "two", 4, "", "small_loop")
     assert found["step"] == whole["step"]
-
-
-@pytest.mark.slow
-def test_a_run_of_two_workers_is_gone_back_into_on_one_machine(tmp_path):
-    pytest.skip("to be written")
+    assert abs(found["loss"] / whole["loss"] - 1) < 1e-5

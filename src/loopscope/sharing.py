@@ -43,7 +43,7 @@ class Sharing:
         """Assign on every worker what has changed since; the chief's `said` as well.
 
         Raises:
-            UsageError: This worker has begun with other values than the chief.
+            UsageError: Workers have begun with other values; raised on all of them.
         """
         if not self._together.several:
             return said
@@ -62,13 +62,15 @@ class Sharing:
         return said
 
     def _check(self, state: State) -> None:
-        own = state.sha256()
-        if self._together.agreed(own) != own:
+        digests = self._together.gathered(bytes.fromhex(state.sha256()))
+        others = [str(i) for i, theirs in enumerate(digests) if theirs != digests[0]]
+        if others:
             raise UsageError(
-                f"Worker {self._together.rank} begins with other variables than the "
-                "chief. Expected the same model with the same initial values on every "
-                "worker: call `keras.utils.set_random_seed` with the same seed before "
-                "the model is made, or load the same weights."
+                f"Other variables than the chief's on worker {', '.join(others)}. "
+                "Expected the same model with the same initial values on every worker: "
+                "call `keras.utils.set_random_seed` with the same seed before the "
+                "model is made, or load the same weights. "
+                f"Received: {len(state)} variables on worker {self._together.rank}"
             )
 
 

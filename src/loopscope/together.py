@@ -50,6 +50,16 @@ class Together:
         found: Value = said
         return found
 
+    def gathered(self, digest: bytes) -> list[bytes]:
+        """What each worker has given, by rank: 32 bytes. All of them ask.
+
+        Raises:
+            WorkerError: One of them is gone.
+        """
+        self.refuse_alone()
+        with self.guarded():
+            return self._team.gather(digest)
+
     def refuse_alone(self) -> None:
         """Refuse what all workers have to do, where the chief does something alone.
 

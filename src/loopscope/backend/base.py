@@ -146,6 +146,10 @@ class Team(Protocol):
         """
         ...
 
+    def gather(self, digest: bytes) -> list[bytes]:
+        """What each worker has given, by rank: 32 bytes. All of them call it."""
+        ...
+
     def lost(self, error: Exception) -> bool:
         """Whether this is what the framework says when a worker is gone."""
         ...
@@ -159,6 +163,10 @@ class Alone:
     def agree(self, message: bytes) -> bytes:
         """What was given."""
         return message
+
+    def gather(self, digest: bytes) -> list[bytes]:
+        """What was given."""
+        return [digest]
 
     def lost(self, error: Exception) -> bool:
         """Nobody can be lost."""

@@ -50,6 +50,7 @@ class Workers:
         self._of_chief = jax.jit(
             lambda rows: rows[0], out_shardings=devices.whole(among)
         )
+        self._of_all = jax.jit(lambda rows: rows, out_shardings=devices.whole(among))
 
     def agree(self, message: bytes) -> bytes:
         """What the chief has given, on every worker.
@@ -66,6 +67,12 @@ class Workers:
             # Who is not the chief has nothing to say, but maybe a longer message.
             said += self._said(start[ROUND_BYTES:][:size], size)
         return said[:length]
+
+    def gather(self, digest: bytes) -> list[bytes]:
+        """What each has given, by rank."""
+        row = np.frombuffer(digest, np.uint8)[None]
+        rows = jax.make_array_from_process_local_data(self._each, row)
+        return [found.tobytes() for found in np.asarray(self._of_all(rows))]
 
     def lost(self, error: Exception) -> bool:
         """Whether this is what JAX says when a worker is gone."""

@@ -48,8 +48,9 @@ class Workers:
             def on_one() -> Any:
                 context = tf.distribute.get_replica_context()
                 index = tf.get_static_value(context.replica_id_in_sync_group)
+                first = index % max(1, strategy.extended._num_devices_per_worker) == 0
                 # Where it lies on a device of the replica it can be sent.
-                mine = tf.identity(message) if index == 0 else tf.zeros_like(message)
+                mine = tf.identity(message) if first else tf.zeros_like(message)
                 return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
 
             return strategy.experimental_local_results(strategy.run(on_one))[0]
@@ -66,11 +67,24 @@ class Workers:
             found += self._sent(given[start : start + SIZE])
         return found[8:size]
 
+    def gather(self, digest: bytes) -> list[bytes]:
+        """What each has given: a sum to which each adds in a place of its own."""
+        size = len(digest)
+        found = b""
+        for first in range(0, self.size, SIZE // size):
+            here = min(SIZE // size, self.size - first)
+            place = self.rank - first
+            mine = digest.rjust((place + 1) * size, b"\0") if 0 <= place < here else b""
+            found += self._added(mine)[: here * size]
+        return [found[i * size : (i + 1) * size] for i in range(self.size)]
+
     def _sent(self, part: bytes) -> bytes:
+        return self._added(part if self.rank == 0 else b"")
+
+    def _added(self, part: bytes) -> bytes:
         numbers = np.frombuffer(part.ljust(SIZE, b"\0"), np.int32)
-        mine = numbers if self.rank == 0 else np.zeros_like(numbers)
-        sent: bytes = self._add(tf.constant(mine)).numpy().tobytes()
-        return sent
+        found: bytes = self._add(tf.constant(numbers)).numpy().tobytes()
+        return found
 
     def lost(self, error: Exception) -> bool:
         """Whether this is what TensorFlow says when a worker is gone."""

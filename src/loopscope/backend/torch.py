@@ -125,7 +125,7 @@ class TorchBackend:
 
     def spread(self, step: Step, model: Any) -> Step:
         workers = joined()
-        return step if workers is None else parts.spread(step, workers, model)
+        return step if workers is None else parts.spread(step, workers)
 
     def applied(self) -> AbstractContextManager[list[Any]]:
         return nullcontext([])
@@ -218,7 +218,7 @@ class TorchBackend:
                 "Leave `watch` out, or train in one process."
             )
         if trace is None:
-            return _eager(step, variables)
+            return _eager(step)
         if not watched:
             return _compiled({(): _Compiled(step, trace, variables)})
         # Whether signals are due is known before each step: a program for either.
@@ -352,13 +352,6 @@ def _native(variable: Any) -> torch.Tensor:
     return native
 
 
-def _natives(variables: Iterable[Any]) -> list[tuple[Any, torch.Tensor]]:
-    """Variables with their tensors; of PyTorch's generator, its state."""
-    return [
-        (v, torch.get_rng_state() if v is GENERATOR else _native(v)) for v in variables
-    ]
-
-
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(a.dtype == b.dtype and a.shape == b.shape)
 
@@ -405,13 +398,12 @@ def _stacked(outputs: Sequence[Tree]) -> Tree:
     return map_structure(stack, *outputs)
 
 
-def _eager(step: Step, variables: Sequence[Any]) -> Program:
+def _eager(step: Step) -> Program:
     def run(feed: Feed, start: int, stop: int, due: np.ndarray | None = None) -> Tree:
         outputs = []
         for i in range(stop - start):
             batch = _batch(feed, start + i)
-            on_all = parts.running(step, batch, partial(_natives, variables))
-            with on_all, torch.set_grad_enabled(not _is_ours(step)):
+            with parts.running(step, batch), torch.set_grad_enabled(not _is_ours(step)):
                 outputs.append(step(*due_at(due, i), *batch))
         return _stacked(outputs)
 
@@ -434,7 +426,7 @@ class _Compiled:
     """One step, compiled when it is first called."""
 
     def __init__(self, step: Step, trace: Trace, variables: Sequence[Any]) -> None:
-        self._step, self._trace, self._state = step, trace, variables
+        self._step, self._trace = step, trace
         self._variables = [v for v in variables if v is not GENERATOR]
         self._call: Callable[..., Any] | None = None
         self._natives: list[torch.Tensor] = []
@@ -443,7 +435,7 @@ class _Compiled:
     def __call__(self, batch: tuple[Tree, ...]) -> Tree:
         leaves = keras.tree.flatten(batch)
         tensors = self._detached_tensors()
-        with parts.running(self._step, batch, partial(_natives, self._state)):
+        with parts.running(self._step, batch):
             if self._call is None:
                 self._call = self._compile(tensors, batch, leaves)
             found = iter(self._call(*tensors, *leaves))

@@ -98,19 +98,11 @@ class _Part:
 _PART: ContextVar[_Part | None] = ContextVar("part", default=None)
 
 
-@dataclass
-class _Divided:
-    """What is known of a step that `spread` has made."""
-
-    workers: Workers
-    model: Any
-    calls: int = 0
+DIVIDED = WeakKeyDictionary[Step, Workers]()
+"""Steps that `spread` has made, each with the workers among whom it is divided."""
 
 
-DIVIDED = WeakKeyDictionary[Step, _Divided]()
-
-
-def spread(step: Step, workers: Workers, model: Any) -> Step:
+def spread(step: Step, workers: Workers) -> Step:
     """The step for a whole batch: each worker takes a part of its rows, in order.
 
     Floating outputs are the mean over all examples, whole numbers the sum, arrays with
@@ -133,36 +125,22 @@ def spread(step: Step, workers: Workers, model: Any) -> Step:
             _PART.reset(token)
 
     on_all.__module__ = getattr(step, "__module__", "")
-    DIVIDED[on_all] = _Divided(workers, model)
+    DIVIDED[on_all] = workers
     return on_all
 
 
 @contextmanager
-def running(
-    step: Step, batch: tuple[Tree, ...], variables: Callable[[], Any]
-) -> Iterator[None]:
-    """A block in which a step is executed, on all workers if it is divided.
-
-    Args:
-        step: The step.
-        batch: Its batch.
-        variables: Gives those of the state, with their tensors: before the first step
-            they are compared.
+def running(step: Step, batch: tuple[Tree, ...]) -> Iterator[None]:
+    """A block in which a step is executed on a batch, by all workers if it is divided.
 
     Raises:
-        UsageError: Workers start from other variables.
         WorkerError: Another worker is gone.
     """
-    divided = DIVIDED.get(step)
-    if divided is None:
+    workers = DIVIDED.get(step)
+    if workers is None:
         yield
         return
-    workers = divided.workers
     with workers.waiting():
-        if divided.calls < 2:  # The first step may have made variables.
-            made = [(v, v.value) for v in divided.model.variables]
-            workers.compare([*variables(), *made])
-            divided.calls += 1
         if _bounds(batch, workers.size) is None:
             yield
         else:

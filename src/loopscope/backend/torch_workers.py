@@ -6,7 +6,6 @@ the form that has a place in a graph. What a step says is in torch_parts.py.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -14,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -93,7 +91,6 @@ class Workers:
             )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._compared = WeakValueDictionary[int, Any]()
         self._lost: str | None = None
 
     def agree(self, message: bytes) -> bytes:
@@ -105,6 +102,14 @@ class Workers:
             if length > HEAD:
                 head += self._told(told[HEAD:], length - HEAD)
         return head[8:length]
+
+    def gather(self, digest: bytes) -> list[bytes]:
+        """What each has given, by rank."""
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with self.waiting():
+            dist.all_gather(found, mine, self.group)
+        return [bytes(theirs.numpy()) for theirs in found]
 
     def lost(self, error: Exception) -> bool:
         """Never: `waiting` has said it already."""
@@ -144,38 +149,6 @@ class Workers:
         parts = [gathered[i * most :][:count] for i, count in enumerate(rows)]
         return torch.cat(parts)
 
-    def compare(self, variables: Sequence[tuple[Any, torch.Tensor]]) -> None:
-        """See that variables have one value on all workers, each variable once.
-
-        Raises:
-            UsageError: They have not; on every worker.
-        """
-        digest, count = hashlib.sha256(), 0
-        for variable, tensor in variables:
-            if id(variable) not in self._compared:
-                self._compared[id(variable)] = variable
-                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().data)
-                count += 1
-        mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(all_of_them, mine, self.group)
-        others = [
-            rank
-            for rank, theirs in enumerate(all_of_them)
-            if not torch.equal(theirs, all_of_them[0])
-        ]
-        if others:
-            self._compared.clear()
-            raise UsageError(
-                "Workers have to start from the same variables, the seeds of random "
-                f"numbers included. Received: {count} variables on this worker, "
-                f"{self.rank}; those of {_words(others)} are not those of worker 0. "
-                "Call `keras.utils.set_random_seed(seed)` with the same seed in each "
-                "worker, before the model is made, or load the same weights."
-            )
-
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """A block in which workers wait for each other.
@@ -203,11 +176,6 @@ class Workers:
 
 
 OPS: Any = torch.ops._c10d_functional
-
-
-def _words(ranks: Sequence[int]) -> str:
-    named = ", ".join(map(str, ranks))
-    return f"worker {named}" if len(ranks) == 1 else f"workers {named}"
 
 
 def _first(error: BaseException) -> str:
