@@ -6,6 +6,8 @@ of them does must ask nothing of the others, or it would wait for them forever.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -161,7 +163,23 @@ def joined(place: Place) -> Iterator[None]:
             f"`loopscope.join()` first, before arrays are made. It says: {error}"
         ) from error
     keras.distribution.set_distribution(keras.distribution.DataParallel())
+    with _silent():
+        team().agree(b"")
     yield
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Gloo says on standard output whom it has met, where it is first used."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 __all__ = ["Workers", "joined", "several", "team"]
