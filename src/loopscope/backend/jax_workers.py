@@ -88,7 +88,8 @@ class Workers:
 
 
 def _lost(error: Exception) -> bool:
-    known = isinstance(error, jax.errors.JaxRuntimeError)
+    # What a compiled step raises comes as a ValueError where its status is unknown.
+    known = isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
     return known and any(sign in str(error) for sign in SIGNS)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loopscope.cli.common import print_json
+from loopscope.cli.common import LOST, print_json
+from loopscope.errors import UsageError, WorkerError
 
 
 def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None:
@@ -42,7 +48,7 @@ def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None
         loop.subscribe(line)
         loop.subscribe(say)
     began = time.perf_counter()
-    with line.shown():
+    with line.shown(), _leaving(loop.together.several):
         history = made.fit(**changes)
     seconds = time.perf_counter() - began
     if not chief:
@@ -69,6 +75,38 @@ def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None
     )
     if run is not None:
         out.print(f"recorded in {run}", soft_wrap=True)
+
+
+@contextmanager
+def _leaving(several: bool) -> Iterator[None]:
+    """A block that one of several workers may fail in, and then ends at once.
+
+    At its exit a framework would wait for the others, which wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if several:
+            # Called before what the framework has registered.
+            atexit.register(_leave, _code_of(error))
+        raise
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _code_of(error: BaseException) -> int:
+    """The exit code of the program that ends in this exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else bool(error.code)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, WorkerError):
+        return LOST
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def fresh_run(name: str) -> Path:
