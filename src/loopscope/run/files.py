@@ -103,11 +103,11 @@ class Growing:
 
 def sha256(file: BinaryIO, told: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file from where it stands, in hexadecimal, read block by block."""
-    digest = hashlib.sha256()
-    while block := file.read(BLOCK_BYTES):
-        digest.update(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    while size := file.readinto(block):  # type: ignore[attr-defined]
+        digest.update(block[:size])
         if told is not None:
-            told(len(block))
+            told(size)
     return digest.hexdigest()
 
 
