@@ -64,7 +64,6 @@ def measure(
             row: Row = {"backend": backend, "gear": gear, "load": os.getloadavg()[0]}
             many = 2 if gear == LONGER[backend] and not quick else 1
             common = {"gear": gear, "width": width, "rounds": rounds or many}
-
             with tempfile.TemporaryDirectory() as folder:
                 for part in KINDS:
                     say(f"memory: {part}, in {gear} on {backend}")
