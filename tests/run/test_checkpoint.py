@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from trainings import warned
 
 from loopscope import Recording
 from loopscope.errors import RunError
@@ -273,8 +274,10 @@ def test_a_disk_that_hangs_holds_two_states_and_no_training(tmp_path, monkeypatc
             if epoch == 1:
                 disk.go()
 
-    with pytest.warns(UserWarning, match=r"before step 2 is left out: the disk has"):
+    with warned() as said:
         record(tmp_path / "run", callbacks=[Ends()])
+    assert len(said) == 1
+    assert "the checkpoint before step 2 is left out: the disk has taken" in said[0]
     assert disk.most <= 3  # With the one at the end, which is waited for.
     found, _ = checkpoint.entries(tmp_path / "run/checkpoints")
     assert {0, 1, 16} <= {e.step for e in found} < set(range(17))
