@@ -66,7 +66,14 @@ ON_TORCH = (
 """Files whose tests are made for PyTorch as well; the others know two backends."""
 
 
-LATER_ON_TORCH = ("run/test_large.py", "run/test_resume.py", "run/test_rewind.py")
+LATER_ON_TORCH = (
+    "cli/test_launch.py",
+    "run/test_large.py",
+    "run/test_resume.py",
+    "run/test_rewind.py",
+    "test_examples.py",
+    "test_workers.py",
+)
 """As well, but processes that import PyTorch take long: left to the slow suite."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopscope import datasets, events
+    from loopscope.backend import join
     from loopscope.drop_in import evaluate, fit, predict
     from loopscope.experiment import Experiment
     from loopscope.loop import Loop
@@ -28,6 +29,7 @@ _HOME = {
     "evaluate": "loopscope.drop_in",
     "events": "",
     "fit": "loopscope.drop_in",
+    "join": "loopscope.backend",
     "open_run": "loopscope.runs",
     "predict": "loopscope.drop_in",
     "value_and_grad": "loopscope.step",
@@ -41,6 +43,7 @@ __all__ = [
     "evaluate",
     "events",
     "fit",
+    "join",
     "open_run",
     "predict",
     "value_and_grad",

@@ -23,7 +23,7 @@ from loopscope import backend as backends
 from loopscope import checks, keras_methods, questions, step
 from loopscope.choose import choose
 from loopscope.data.feed import Segment
-from loopscope.data.source import Source, as_source
+from loopscope.data.source import Pass, Source, as_source
 from loopscope.epoch import Epoch
 from loopscope.errors import DataError, TraceError, UsageError
 from loopscope.events import (
@@ -693,13 +693,14 @@ class Loop:
                     began = time.perf_counter()
                     segment = data.take(most)
                     if segment is None:
+                        self._share(0, data)
                         break
                     if phase == "train":
                         fetch_s = time.perf_counter() - began
                         self._ahead = Ahead(segment, source, epoch, index, fetch_s)
                     self._emit(ChunkBegin(phase, index))
                     self._ahead = None
-                    self._share()
+                    self._share(segment.steps, data)
                     # Whoever listens may change the gear; `None` is not chosen yet.
                     chosen = self._gear if phase == "train" else self._test_gear
                     before = self._before(phase)
@@ -760,11 +761,24 @@ class Loop:
             self._pace(phase, done.wall_s / steps, alone=segment.steps == 1)
         return done
 
-    def _share(self) -> None:
-        """Let the other workers have what listeners of the chief have set."""
+    def _share(self, steps: int, data: Pass) -> None:
+        """Let the other workers have what listeners of the chief have set.
+
+        Raises:
+            DataError: This worker has data for another number of `steps`; or what the
+                data have raised.
+        """
         gears = self._gear, self._test_gear
         names = [None if gear is None else gear.name for gear in gears]
-        told = self._sharing.share(self.state, names)
+        told, expected = self._sharing.share(self.state, (names, steps))
+        if steps != expected:
+            if steps < expected:
+                data.take(1)  # What has cut them short is raised here.
+            raise DataError(
+                f"The data of worker {self.together.rank} go on for {steps} steps, "
+                f"those of the chief for {expected}. Give every worker the same data "
+                "in the same order: each takes its own rows of a batch."
+            )
         if not self.together.chief:
             self._gear, self._test_gear = (GEARS.get(name or "") for name in told)
 

@@ -7,8 +7,12 @@ package only follows it.
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
+from loopscope import cluster
 from loopscope.backend.base import Backend
 from loopscope.errors import BackendError
 
@@ -49,3 +53,34 @@ def current() -> Backend:
     module = importlib.import_module(f"loopscope.backend.{name}")
     backend: Backend = getattr(module, ROOMS[name])()
     return backend
+
+
+@contextmanager
+def join() -> Iterator[None]:
+    """Join the workers that a launcher has started, in a block that makes the loop.
+
+    Where the environment names a place among several processes (by `TF_CONFIG`,
+    torchrun's variables, or SLURM's), all of them divide each batch of a loop that is
+    made in here. Elsewhere nothing happens, so that one script runs on one machine and
+    on many. Waits for the others.
+
+    Example:
+        ```python
+        with loopscope.join():
+            made = experiment()
+        made.fit()
+        ```
+
+    Returns:
+        A context manager.
+
+    Raises:
+        UsageError: The environment contradicts itself, or it is too late to join.
+        BackendError: As `current`.
+    """
+    here = cluster.place(os.environ)
+    if here is None:
+        yield
+        return
+    with current().join(here):
+        yield

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from loopscope.cluster import Place
 from loopscope.data.feed import Feed, Native, Spec
 from loopscope.gear import Gear
 
@@ -281,6 +282,13 @@ class Backend(Protocol):
 
     def team(self, model: Any) -> Team:
         """The processes that train a model together; `Alone` where it is but one."""
+        ...
+
+    def join(self, place: Place) -> AbstractContextManager[None]:
+        """A block that makes what all workers train, of which this is one.
+
+        Waits for the others. Once in a process.
+        """
         ...
 
     def batches(self, adapter: Any) -> Iterable[Any]:

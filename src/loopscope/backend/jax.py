@@ -35,6 +35,7 @@ from loopscope.backend.base import (
     due_at,
     no_gradient,
 )
+from loopscope.cluster import Place
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import StepError, UsageError
 from loopscope.gear import EAGER, FUSED_XLA, XLA, Gear
@@ -140,6 +141,9 @@ class JaxBackend:
 
     def team(self, model: Any) -> Team:
         return workers.team()
+
+    def join(self, place: Place) -> AbstractContextManager[None]:
+        return workers.joined(place)
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_jax_iterator()

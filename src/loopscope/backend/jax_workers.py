@@ -6,17 +6,23 @@ of them does must ask nothing of the others, or it would wait for them forever.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from keras.src.backend.jax import distribution_lib
 
 from loopscope.backend import jax_devices as devices
 from loopscope.backend.base import Alone, Team
+from loopscope.cluster import Place
+from loopscope.errors import UsageError
 
 ROUND_BYTES = 1024
 """What fits into the first round of a message, its length included."""
@@ -129,4 +135,51 @@ def _assign_without_asking() -> None:
     distribution_lib.distribute_tensor = distribute
 
 
-__all__ = ["Workers", "several", "team"]
+HEARTBEAT_S = 30
+"""A process that is not heard of for so long is gone."""
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[None]:
+    """A block in which all processes divide rows; the distribution stays set.
+
+    Raises:
+        UsageError: JAX has begun to compute already.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            # Not the coordinator: where torchrun says to meet, it listens itself.
+            place.addresses[0],
+            place.size,
+            place.rank,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+        )
+    except RuntimeError as error:
+        if "before" not in str(error):
+            raise
+        raise UsageError(
+            "JAX joins other processes only before it computes anything. Enter "
+            f"`loopscope.join()` first, before arrays are made. It says: {error}"
+        ) from error
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    with _silent():
+        team().agree(b"")
+    yield
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Gloo says on standard output whom it has met, where it is first used."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+__all__ = ["Workers", "joined", "several", "team"]

@@ -39,7 +39,8 @@ from loopscope.backend.base import (
     due_at,
     no_gradient,
 )
-from loopscope.backend.tensorflow_workers import workers_of
+from loopscope.backend.tensorflow_workers import joined, workers_of
+from loopscope.cluster import Place
 from loopscope.data.adapters import out_of_order, pipeline
 from loopscope.data.feed import Feed, Native, NativeSpec, Spec
 from loopscope.errors import GearError, StepError
@@ -125,6 +126,9 @@ class TensorFlowBackend:
         strategy = replicas.strategy_of(model)
         found: Team = workers_of(strategy) or Alone()
         return found
+
+    def join(self, place: Place) -> AbstractContextManager[None]:
+        return joined(place)
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         # Where Keras's own way is a tf.data pipeline around Python, go without it.

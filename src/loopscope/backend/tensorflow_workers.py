@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from loopscope.cluster import TF_CONFIG, Place, tf_config
+from loopscope.errors import UsageError
 
 SIZE = 1024
 """Bytes of one message; longer ones are sent in several."""
@@ -96,4 +102,25 @@ def workers_of(strategy: Any) -> Workers | None:
     return workers if workers.size > 1 else None
 
 
-__all__ = ["Workers", "workers_of"]
+@contextmanager
+def joined(place: Place) -> Iterator[None]:
+    """A block under a strategy of all workers, which TensorFlow finds by `TF_CONFIG`.
+
+    Raises:
+        UsageError: TensorFlow has begun to compute already.
+    """
+    os.environ[TF_CONFIG] = tf_config(place)
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        if "program startup" not in str(error):
+            raise
+        raise UsageError(
+            "TensorFlow joins other processes only before it computes anything. Enter "
+            f"`loopscope.join()` first, before tensors are made. It says: {error}"
+        ) from error
+    with strategy.scope():
+        yield
+
+
+__all__ = ["Workers", "joined", "workers_of"]

@@ -42,7 +42,8 @@ from loopscope.backend.base import (
     no_gradient,
 )
 from loopscope.backend.torch_graph import Values, readable, refuse_sums, tracing
-from loopscope.backend.torch_workers import joined
+from loopscope.backend.torch_workers import join, joined
+from loopscope.cluster import Place
 from loopscope.data.feed import Feed, Native, Spec, dtype_name
 from loopscope.errors import StepError, UsageError
 from loopscope.gear import EAGER, GRAPH, Gear
@@ -134,6 +135,9 @@ class TorchBackend:
 
     def team(self, model: Any) -> Team:
         return joined() or Alone()
+
+    def join(self, place: Place) -> AbstractContextManager[None]:
+        return join(place)
 
     def batches(self, adapter: Any) -> Iterable[Any]:
         batches: Iterable[Any] = adapter.get_numpy_iterator()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from loopscope.cluster import Place
 from loopscope.errors import UsageError, WorkerError
 
 TIMEOUT = timedelta(minutes=10)
@@ -48,6 +49,23 @@ def joined() -> Workers | None:
     if _TEAM is None or _TEAM.group is not group:
         _TEAM = Workers(group)
     return _TEAM
+
+
+@contextmanager
+def join(place: Place) -> Iterator[None]:
+    """A block in which this process is a worker; the group stays.
+
+    Where a launcher, such as Ray's, has made the group already, it is taken.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://{place.coordinator}",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=TIMEOUT,
+        )
+    yield
 
 
 _TEAM: Workers | None = None
@@ -166,4 +184,4 @@ def _first(error: BaseException) -> str:
     return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]
 
 
-__all__ = ["TIMEOUT", "Workers", "joined"]
+__all__ = ["TIMEOUT", "Workers", "join", "joined"]

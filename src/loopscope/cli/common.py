@@ -17,6 +17,9 @@ import click
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
+LOST = 3
+"""Exit code of a worker that has lost another one."""
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document, nothing else."
 )
@@ -30,6 +33,12 @@ seed_option = click.option(
 )
 
 
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train on N processes of this machine.  [default: this one]",
+)
 run_option = click.option(
     "--run", type=click.Path(path_type=Path), help="Record into this folder."
 )
@@ -38,20 +47,23 @@ run_argument = click.argument("path", metavar="DIR", type=click.Path(path_type=P
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the exits of the program: 0, 1 for bad news, 2 for wrong use."""
+    """Give a command the exits of the program.
+
+    0; 1 for bad news, 2 for wrong use, 3 for a worker that has lost another one.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        from loopscope.errors import BackendError, UsageError
+        from loopscope.errors import BackendError, UsageError, WorkerError
 
         try:
             code = function(*args, **kwargs)
-        except (UsageError, BackendError) as error:
+        except (UsageError, BackendError, WorkerError) as error:
             click.echo(f"loopscope: {error}", err=True)
             for note in getattr(error, "__notes__", ()):
                 if not note.startswith("loopscope: raised at"):
                     click.echo(note, err=True)
-            sys.exit(2)
+            sys.exit(LOST if isinstance(error, WorkerError) else 2)
         except KeyboardInterrupt as error:
             said = [f"loopscope: {error}"] if str(error) else []
             said += getattr(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from loopscope.cli.common import command, json_option, run_argument, start_backend_of
+from loopscope.cli.common import (
+    command,
+    json_option,
+    run_argument,
+    start_backend_of,
+    workers_option,
+)
 
 
 @click.command()
@@ -18,6 +25,7 @@ from loopscope.cli.common import command, json_option, run_argument, start_backe
 @click.option("--run", type=click.Path(path_type=Path), help="The branch's new folder.")
 @click.option("--learning-rate", type=float, help="Of the branch, from there on.")
 @click.option("--gear", help="Of the branch, from there on.")
+@workers_option
 @json_option
 @command
 def resume(
@@ -28,13 +36,19 @@ def resume(
     run: Path | None,
     learning_rate: float | None,
     gear: str | None,
+    workers: int | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Go on with the run in DIR: at the next batch, to the bits it would have ended in.
 
     With --from-step and --run, a new run branches off: up to that step it is the same,
     then it goes on, with another learning rate or gear if asked. DIR stays as it is.
+
+    --workers N goes on with N processes. Another number than before gives the same
+    numbers up to rounding, not the same bits, and is said so.
     """
+    from loopscope.cli.launch import end_with_launcher, launch, relaunched
+    from loopscope.cluster import place
     from loopscope.errors import UsageError
     from loopscope.run.folder import Folder
 
@@ -44,12 +58,24 @@ def resume(
             "A branch needs both --from-step N and --run NEW; --learning-rate and "
             "--gear are for branches only."
         )
+    several = relaunched(workers)
+    if from_step is not None and (several or place(os.environ) is not None):
+        raise UsageError(
+            "One process makes a branch: leave --workers away and stop it with Ctrl-C, "
+            "then go on with the branch: `loopscope resume NEW --workers N`."
+        )
+    if several:
+        assert workers is not None
+        return launch(workers)
+    end_with_launcher()
     start_backend_of(path)
+    from loopscope.backend import join
     from loopscope.cli.training import train_and_tell
     from loopscope.gear import resolve
     from loopscope.runs import experiment_of, open_run
 
-    made = experiment_of(Folder(path))
+    with join():
+        made = experiment_of(Folder(path))
     if from_step is not None and run is not None:
         if gear is not None:
             backend = made.loop.backend
@@ -60,3 +86,4 @@ def resume(
     if epochs is not None:
         changes["epochs"] = epochs
     train_and_tell(made, changes, as_json=as_json)
+    return 0

@@ -16,6 +16,7 @@ from loopscope.cli.common import (
     run_option,
     seed_option,
     start_backend,
+    workers_option,
 )
 
 
@@ -23,6 +24,7 @@ from loopscope.cli.common import (
 @click.argument("experiment")
 @run_option
 @no_run_option
+@click.option("--resume", is_flag=True, help="Go on if --run is there already.")
 @click.option("--gear", help="How steps are executed.  [default: the experiment's]")
 @click.option(
     "--watch",
@@ -32,6 +34,7 @@ from loopscope.cli.common import (
 )
 @click.option("--epochs", type=int, help="Passes.  [default: the experiment's]")
 @click.option("--estimate", is_flag=True, help="Only say how long it would take.")
+@workers_option
 @backend_option
 @seed_option
 @json_option
@@ -40,26 +43,42 @@ def train(
     experiment: str,
     run: Path | None,
     no_run: bool,
+    resume: bool,
     gear: str | None,
     watch: int | None,
     epochs: int | None,
     estimate: bool,
+    workers: int | None,
     backend: str | None,
     seed: int,
     as_json: bool,
-) -> None:
+) -> int:
     """Train EXPERIMENT, print its metrics, and record it if asked to.
 
     The built-in experiment is recorded in any case, under runs/. SIGTERM and Ctrl-C
     end a recorded training after the chunk that runs, saved: `loopscope resume` goes
     on. --estimate measures some steps, prints what the whole training would take in
     each gear, and trains nothing.
+
+    --workers N trains on N processes, which divide each batch: the same loop, the
+    same numbers up to rounding. A process that TF_CONFIG, torchrun or srun has made a
+    worker joins the others without it.
     """
+    from loopscope.cli.launch import end_with_launcher, launch, relaunched
+
+    if relaunched(workers):
+        assert workers is not None
+        return launch(workers)
+    end_with_launcher()
     start_backend(backend)
+    from loopscope.backend import join
     from loopscope.cli.training import fresh_run, train_and_tell
+    from loopscope.errors import UsageError
     from loopscope.experiment import BUILT_IN, load
 
-    made = load(experiment, seed=seed)
+    with join():
+        made = load(experiment, seed=seed)
+    together = made.loop.together
     changes: dict[str, Any] = {}
     if gear is not None:
         made.loop.gear = gear
@@ -68,9 +87,14 @@ def train(
     if epochs is not None:
         changes["epochs"] = epochs
     if estimate:
+        if together.several:
+            raise UsageError(
+                "--estimate measures one process. Leave --workers away, and the "
+                "variables of a launcher (TF_CONFIG, WORLD_SIZE, SLURM_STEP_NUM_TASKS)."
+            )
         found = made.estimate(**changes)
         print_json(found.as_dict()) if as_json else click.echo(str(found))
-        return
+        return 0
     made.loop.origin = {
         **made.loop.origin,
         "arguments": dict(changes),
@@ -78,7 +102,9 @@ def train(
         "watch": watch,
     }
     if run is None and experiment in BUILT_IN and not no_run:
-        run = fresh_run(experiment)
+        run = together.of_chief(lambda: fresh_run(experiment))
     if run is not None and not no_run:
         changes["run"] = run
+        changes["resume"] = resume
     train_and_tell(made, changes, as_json=as_json)
+    return 0

@@ -10,12 +10,13 @@ from loopscope.cli.common import print_json
 
 
 def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None:
-    """Train an experiment with some changed arguments; print its metrics."""
+    """Train an experiment with some changed arguments; the chief prints its metrics."""
     from loopscope.events import EpochEnd, Resumed
     from loopscope.view import text
     from loopscope.view.progress import ProgressLine
 
     loop, out = made.loop, text.console()
+    chief = loop.together.chief
     total = changes.get("epochs") or made.arguments.get("epochs", 1)
     changes = {"verbose": 0, **changes}
     began_at = loop.step
@@ -37,13 +38,15 @@ def train_and_tell(made: Any, changes: dict[str, Any], *, as_json: bool) -> None
                 out.print(f"all {total} epochs are trained; nothing is left to do")
 
     line = ProgressLine()
-    if not as_json:
+    if chief and not as_json:
         loop.subscribe(line)
         loop.subscribe(say)
     began = time.perf_counter()
     with line.shown():
         history = made.fit(**changes)
     seconds = time.perf_counter() - began
+    if not chief:
+        return
     metrics = {name: values[-1] for name, values in history.history.items()}
     state = loop.state.sha256()
     run = changes.get("run")

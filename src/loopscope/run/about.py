@@ -62,6 +62,7 @@ def of(loop: Loop) -> dict[str, Any]:
         loop.model,
         gear=gear.name if gear is not None else None,
         watched=loop.watch is not None,
+        workers=loop.together.size,
         code=identity.code_of(*loop.code()),
     )
 

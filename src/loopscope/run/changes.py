@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,12 @@ def since(
         callbacks: Those of now; `None` where they have no part in what comes.
         arguments: Of `fit`; `None` where they have no part in what comes.
     """
-    was = {**manifest["identity"], "gear": gear, "source": _kind(manifest["source"])}
+    was = {
+        "workers": 1,
+        **manifest["identity"],
+        "gear": gear,
+        "source": _kind(manifest["source"]),
+    }
     now = {
         **about.of(loop),
         "gear": loop.gear.name if loop.gear is not None else gear,
@@ -56,12 +62,27 @@ def since(
     return identity.differences(was, now)
 
 
+WITH_WORKERS = (
+    "workers",
+    "device",
+    "threads",
+    "flags/keras.distribution",
+    *(f"flags/{name}" for name in identity.THREADS),
+)
+"""What another number of workers brings along, by how paths begin."""
+
+
 def refuse(differences: Sequence[Difference], path: Any) -> None:
     """Refuse to go on with these differences.
+
+    Another number of workers is only noted, and with it what comes along.
 
     Raises:
         RunError: Naming each; there are some.
     """
+    number = [d for d in differences if d.path == "workers"]
+    if number:
+        differences = [d for d in differences if not _with_workers(d)]
     if differences:
         lines = "".join(f"\n  {d}" for d in differences)
         raise RunError(
@@ -69,6 +90,22 @@ def refuse(differences: Sequence[Difference], path: Any) -> None:
             f"change bits:{lines}\nNothing was changed. Go back to them, or go on all "
             "the same: `loopscope resume --anyway`, `fit(..., resume='anyway')`."
         )
+    for difference in number:
+        was, now = difference.was, difference.now
+        warnings.warn(
+            f"{path}: was trained by {was} worker{'s' * (was > 1)}, goes on with "
+            f"{now}. The batches are the same; sums are made in another order, so that "
+            "numbers agree up to rounding and not to the bit.",
+            stacklevel=7,
+        )
+
+
+def _with_workers(difference: Difference) -> bool:
+    if difference.path == "device":
+        # "2 x cpu" is as many of what "cpu" is.
+        kinds = {str(d).rpartition(" x ")[2] for d in (difference.was, difference.now)}
+        return len(kinds) == 1
+    return difference.path.startswith(WITH_WORKERS)
 
 
 def _of_data(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,12 +29,15 @@ WHOLE_BYTES = 2**30
 SAMPLED_ROWS = 1024
 BLOCK_BYTES = 4096
 
+THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "NPROC")
+"""Environment variables that say how many threads PyTorch, TensorFlow and JAX take."""
+
 FLAGS = (
     "TF_ENABLE_ONEDNN_OPTS",
     "TF_XLA_FLAGS",
     "TF_DETERMINISTIC_OPS",
     "XLA_FLAGS",
-    "OMP_NUM_THREADS",
+    *THREADS,
     "MKL_NUM_THREADS",
     "JAX_ENABLE_X64",
     "JAX_DEFAULT_MATMUL_PRECISION",
@@ -43,6 +46,7 @@ FLAGS = (
 """Environment variables that change how numbers are computed."""
 
 CAUSES = (
+    ("workers", "the number of workers is not the same"),
     ("code", "the code of the experiment has changed"),
     ("data", "the data are not the same"),
     ("arguments", "`fit` was called with other arguments"),
@@ -110,6 +114,7 @@ def identity(
     *,
     gear: str | None,
     watched: bool,
+    workers: int = 1,
     code: Mapping[str, str],
 ) -> dict[str, Any]:
     """What the bits of a training in this process depend on, data apart.
@@ -119,6 +124,7 @@ def identity(
         model: What is trained.
         gear: How.
         watched: Whether its signals are measured: that is another program.
+        workers: How many processes train it together.
         code: SHA-256 of the code, by what it is of.
     """
     import keras
@@ -141,6 +147,7 @@ def identity(
         "training": {name: digest(value) for name, value in training(model).items()},
         "gear": gear,
         **({"watch": True} if watched else {}),
+        "workers": workers,
         "code": dict(code),
     }
 
