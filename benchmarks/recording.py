@@ -44,7 +44,7 @@ def measure(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Every part, one after the other."""
-    found: dict[str, Any] = {"folder": _disk(tempfile.gettempdir())}
+    found: dict[str, Any] = {"folder": disk_of(tempfile.gettempdir())}
     found["settings"] = {"rounds": rounds, "quick": quick}
 
     def ask(about: str, part: str, backend: str, **arguments: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def measure(
     return found
 
 
-def _disk(path: str) -> str:
+def disk_of(path: str) -> str:
     """The kind of file system that a folder lies on."""
     best, kind = "", "unknown"
     try:

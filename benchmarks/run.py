@@ -310,6 +310,7 @@ def with_callbacks(chosen: argparse.Namespace, say: Say) -> list[Row]:
 
 def page_alone(chosen: argparse.Namespace, say: Say) -> None:
     """Measure a section that has a page of its own; print the page, or write it."""
+    import memory
     import pytorch
     import recording
     import report_recording
@@ -320,6 +321,7 @@ def page_alone(chosen: argparse.Namespace, say: Say) -> None:
     began = time.perf_counter()
     name = chosen.only
     sections: dict[str, tuple[Callable[..., Any], Callable[..., str]]] = {
+        "memory": (memory.measure, memory.page),
         "pytorch": (pytorch.measure, pytorch.page),
         "recording": (recording.measure, report_recording.page),
         "scaling": (scaling.measure, scaling.page),
@@ -332,7 +334,8 @@ def page_alone(chosen: argparse.Namespace, say: Say) -> None:
     command += f" --rounds {chosen.rounds}" if chosen.rounds else ""
     command += " --quick" if chosen.quick else ""
     versions = versions_of(["torch"] if name == "pytorch" else chosen.backends)
-    on = f"; runs were recorded on {found['folder']}" if name == "recording" else ""
+    recorded = name in ("memory", "recording")
+    on = f"; runs were recorded on {found['folder']}" if recorded else ""
     text = page(
         found,
         f"Machine: {machine()}{on}. "
@@ -373,7 +376,14 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--only",
-        choices=("callbacks", "pytorch", "recording", "scaling", "watching"),
+        choices=(
+            "callbacks",
+            "memory",
+            "pytorch",
+            "recording",
+            "scaling",
+            "watching",
+        ),
         help="measure this section alone and print its tables; writes no files, but "
         "results-SECTION.md where --out is given (not for callbacks)",
     )

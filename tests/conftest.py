@@ -68,9 +68,11 @@ ON_TORCH = (
 
 LATER_ON_TORCH = (
     "cli/test_launch.py",
+    "run/test_large.py",
     "run/test_resume.py",
     "run/test_rewind.py",
     "test_examples.py",
+    "test_workers.py",
 )
 """As well, but processes that import PyTorch take long: left to the slow suite."""
 

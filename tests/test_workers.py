@@ -13,9 +13,7 @@ import pytest
 
 from models import ALL, FUSED, JAX, TENSORFLOW, relative
 
-pytestmark = pytest.mark.skipif(
-    not TENSORFLOW, reason="these processes are TensorFlow's"
-)
+pytestmark = [] if TENSORFLOW else [pytest.mark.slow]
 
 PROGRAM = Path(__file__).parent / "workers.py"
 PATIENCE_S = 300

@@ -150,6 +150,7 @@ def sha256(values: Iterable[tuple[str, np.ndarray]]) -> str:
         value = np.ascontiguousarray(given)
         digest.update(f"{path}\0{value.dtype.name}\0{value.shape}\0".encode())
         digest.update(value.view(np.uint8).data if value.size else b"")
+        del given, value  # Before the next one comes: they may be large.
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from loopscope.run.checkpoint import Checkpoint, read, write
+from loopscope.run.checkpoint import Draft, read, write
 from loopscope.run.files import seal, unseal
 from loopscope.run.plain import NotPlain, decode, encode
 
@@ -106,7 +106,7 @@ def test_plain_data_come_back_out_of_a_checkpoint(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("checkpoint")
     extra = {}
     content = {"turn": 0, "value": encode(value, extra, "callbacks/0/value")}
-    write(folder, Checkpoint("a", 0, {}, extra, content, "sha"))
+    write(folder, Draft("a", 0, {}, extra, content))
     back = read(folder, "a")
     assert same(decode(back.content["value"], dict(back.extra)), value)
 
@@ -144,7 +144,7 @@ def test_arrays_of_the_narrow_dtypes_of_keras_are_plain(dtype, tmp_path):
     array = np.arange(3).astype(getattr(ml_dtypes, dtype))
     extra = {}
     content = {"turn": 0, "weights": encode([array], extra, "weights")}
-    write(tmp_path, Checkpoint("a", 0, {"v": array}, extra, content, "sha"))
+    write(tmp_path, Draft("a", 0, {"v": array}, extra, content))
     back = read(tmp_path, "a")
     assert same(back.state["v"], array)
     assert same(decode(back.content["weights"], dict(back.extra)), [array])
@@ -157,7 +157,7 @@ def test_arrays_of_any_byte_order_keep_their_values(order, tmp_path):
     array = np.arange(3, dtype=order)
     extra = {}
     content = {"turn": 0, "value": encode(array, extra, "value")}
-    write(tmp_path, Checkpoint("a", 0, {}, extra, content, "sha"))
+    write(tmp_path, Draft("a", 0, {}, extra, content))
     back = read(tmp_path, "a")
     assert list(decode(back.content["value"], dict(back.extra))) == [0, 1, 2]
 
@@ -173,7 +173,7 @@ def test_arrays_that_are_no_block_of_memory_keep_their_values(tmp_path):
     }.items():
         extra = {}
         content = {"turn": 0, "value": encode(part, extra, "value")}
-        write(tmp_path, Checkpoint(name, 0, {name: part}, extra, content, "sha"))
+        write(tmp_path, Draft(name, 0, {name: part}, extra, content))
         back = read(tmp_path, name)
         assert same(decode(back.content["value"], dict(back.extra)), np.array(part))
         assert same(back.state[name], np.array(part))

@@ -55,8 +55,7 @@ def branch(
             lock.acquire()
             for suffix in (".safetensors", ".json"):
                 name = f"{start.name}{suffix}"
-                data = (parent.checkpoints_path / name).read_bytes()
-                files.write(new.checkpoints_path / name, data)
+                files.copy(parent.checkpoints_path / name, new.checkpoints_path / name)
             journal.copy(new.journal_path)
             _cut(new, start, parent, step)
             changes = {"step": step, "learning_rate": learning_rate, "gear": gear}

@@ -8,26 +8,54 @@ JSON is. A flipped bit in either is found before anything is restored.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Mapping
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from loopscope.data.feed import dtype_name
 from loopscope.errors import RunError
-from loopscope.run import files
-from loopscope.run.plain import numpy_dtype
-
-PLAIN_DTYPES = frozenset(
-    [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
-    + ["bool", "float16", "float32", "float64"]
-)
-"""What safetensors stores under its own name from NumPy; the rest goes as bytes."""
+from loopscope.run import files, tensors
+from loopscope.run.tensors import Kind
+from loopscope.state import sha256
 
 STATE = "state/"
 EXTRA = "extra/"
+
+
+@dataclass(eq=False)
+class Draft:
+    """A checkpoint that is yet to be written.
+
+    Attributes:
+        name: Of its files.
+        step: Steps trained: the next one has this number.
+        state: The value of every variable, by path, in order, on the device. It is let
+            go of when it is written: in the end nothing is left here.
+        extra: As in `Checkpoint`.
+        content: As in `Checkpoint`.
+        pinned: As in `Checkpoint`.
+        to_numpy: From a value to an array.
+        moved_bytes: What the disk has taken of it and given back so far.
+    """
+
+    name: str
+    step: int
+    state: dict[str, Any]
+    extra: Mapping[str, np.ndarray]
+    content: Mapping[str, Any]
+    pinned: bool = False
+    to_numpy: Callable[[Any], np.ndarray] = np.asarray
+    moved_bytes: int = 0
+
+    def moved(self, size_bytes: int) -> None:
+        """Count."""
+        self.moved_bytes += size_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +65,8 @@ class Checkpoint:
     Attributes:
         name: Of its files.
         step: Steps trained: the next one has this number.
-        state: The arrays of every variable, by path, in order.
+        state: The arrays of every variable, by path, in order. They lie in the file,
+            and are read when they are looked at.
         extra: Arrays that `content` refers to (callbacks' best weights).
         content: Plain data: cursor, gear, metrics, callbacks, History (see
             recorder.py).
@@ -86,10 +115,10 @@ def name_of(step: int, turn: int, *, finished: bool = False) -> str:
     return f"{step:012d}-{'end' if finished else turn}"
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], int]:
+def write(folder: Path, draft: Draft) -> tuple[dict[str, Any], int]:
     """Write a checkpoint, and read it back.
 
-    Holds one more copy of the arrays in memory meanwhile.
+    Variable by variable: no more than one of them is copied to the host at a time.
 
     Returns:
         What its JSON says, and the bytes of both files: see `entry_of`.
@@ -98,58 +127,56 @@ def write(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], int]:
         OSError: It could not be written; no part of it is left.
         RunError: What was read back is not what was written.
     """
-    from safetensors.numpy import save
-
-    arrays, dtypes = {}, {}
-    for prefix, group in ((STATE, checkpoint.state), (EXTRA, checkpoint.extra)):
-        for path, array in group.items():
-            dtypes[prefix + path] = array.dtype.name
-            arrays[prefix + path] = _storable(array)
-    data = save(arrays)
-    digest = hashlib.sha256(data).hexdigest()
-    document = {
-        "step": checkpoint.step,
-        "pinned": checkpoint.pinned,
-        "state_sha256": checkpoint.state_sha256,
-        "arrays_sha256": digest,
-        "arrays_size_bytes": len(data),
-        "order": list(checkpoint.state),
-        "dtypes": dtypes,
-        "content": dict(checkpoint.content),
-    }
-    tensors, described = _paths(folder, checkpoint.name)
-    sealed = files.seal(document)
+    arrays, described = _paths(folder, draft.name)
+    order, extra = list(draft.state), draft.extra
+    kinds = {STATE + path: _kind(value) for path, value in draft.state.items()}
+    kinds |= {EXTRA + name: _kind(array) for name, array in extra.items()}
     try:
-        files.write(tensors, data)
-        if _digest(tensors) != digest:
-            raise RunError(f"{tensors} is not what was written: the disk lost bits")
+        with files.writing(arrays, draft.moved) as file:
+            file.write(tensors.head(kinds))
+            state_sha256 = sha256(_written(draft, kinds, file))
+            for array in extra.values():
+                for block in tensors.body(array):
+                    file.write(block)
+        with arrays.open("rb") as back:
+            if files.sha256(back, draft.moved) != file.sha256:
+                raise RunError(f"{arrays} is not what was written: the disk lost bits")
+        document = {
+            "step": draft.step,
+            "pinned": draft.pinned,
+            "state_sha256": state_sha256,
+            "arrays_sha256": file.sha256,
+            "arrays_size_bytes": file.size_bytes,
+            "order": order,
+            "dtypes": {name: dtype for name, (dtype, _) in kinds.items()},
+            "content": dict(draft.content),
+        }
+        sealed = files.seal(document)
         files.write(described, sealed)
     except BaseException:
         # The JSON of the same name from before, if any, no longer has its arrays.
-        remove(folder, checkpoint.name)
+        remove(folder, draft.name)
         raise
-    return document, len(data) + len(sealed)
+    return document, file.size_bytes + len(sealed)
 
 
 def read(folder: Path, name: str) -> Checkpoint:
-    """Read a checkpoint and hold it against its checksums.
+    """Open a checkpoint, once its files were held against their checksums.
 
     Raises:
         RunError: It is damaged or not there; the file is named.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    document, data = _checked(folder, name)
-    tensors, _ = _paths(folder, name)
-    try:
-        arrays = load(data)
-        dtypes = document["dtypes"]
-        named = {n: _restored(a, dtypes[n]) for n, a in arrays.items()}
-        state = {path: named[STATE + path] for path in document["order"]}
-        extra = {n[len(EXTRA) :]: a for n, a in named.items() if n.startswith(EXTRA)}
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{tensors} is damaged: {error}") from error
+    with _checked(folder, name) as (document, file):
+        try:
+            named = tensors.mapped(file, document["dtypes"])
+            state = {path: named[STATE + path] for path in document["order"]}
+            extra = {
+                n[len(EXTRA) :]: np.array(a)
+                for n, a in named.items()
+                if n.startswith(EXTRA)
+            }
+        except (struct.error, KeyError, ValueError, TypeError) as error:
+            raise RunError(f"{file.name} is damaged: {error}") from error
     return Checkpoint(
         name=name,
         step=document["step"],
@@ -200,13 +227,14 @@ def check(folder: Path, name: str) -> None:
     Raises:
         RunError: Something is damaged; the file is named.
     """
-    _checked(folder, name)
+    with _checked(folder, name):
+        pass
 
 
 def remove(folder: Path, name: str) -> None:
     """Delete a checkpoint; its JSON first, so that no JSON is without its arrays."""
-    tensors, described = _paths(folder, name)
-    for path in (described, tensors):
+    arrays, described = _paths(folder, name)
+    for path in (described, arrays):
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -234,38 +262,43 @@ def _paths(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}.safetensors", folder / f"{name}.json"
 
 
-def _checked(folder: Path, name: str) -> tuple[dict[str, Any], bytes]:
-    tensors, described = _paths(folder, name)
+@contextmanager
+def _checked(folder: Path, name: str) -> Iterator[tuple[dict[str, Any], BinaryIO]]:
+    """What the JSON says, and the open file of arrays, both as they were written."""
+    arrays, described = _paths(folder, name)
     try:
         document = files.unseal(described.read_bytes(), str(described))
-        data = tensors.read_bytes()
+        file = arrays.open("rb")
     except OSError as error:
         raise RunError(f"{error.filename} cannot be read: {error.strerror}") from error
-    size, digest = document["arrays_size_bytes"], document["arrays_sha256"]
-    if len(data) != size:
-        raise RunError(
-            f"{tensors} is damaged: expected {size} bytes. Received: {len(data)}"
-        )
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise RunError(f"{tensors} is damaged: its checksum does not match")
-    return document, data
+    with file:
+        size, expected = os.fstat(file.fileno()).st_size, document["arrays_size_bytes"]
+        if size != expected:
+            raise RunError(
+                f"{arrays} is damaged: expected {expected} bytes. Received: {size}"
+            )
+        try:
+            digest = files.sha256(file)
+        except OSError as error:
+            raise RunError(f"{arrays} cannot be read: {error.strerror}") from error
+        if digest != document["arrays_sha256"]:
+            raise RunError(f"{arrays} is damaged: its checksum does not match")
+        yield document, file
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _written(
+    draft: Draft, kinds: Mapping[str, Kind], file: files.Growing
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Write the variables, and give each one away when it is written."""
+    for path in list(draft.state):
+        array = draft.to_numpy(draft.state.pop(path))
+        if _kind(array) != kinds[STATE + path]:
+            raise RunError(f"{path} was not read as what it is: {_kind(array)}")
+        for block in tensors.body(array):
+            file.write(block)
+        yield path, array
+        del array
 
 
-def _storable(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    if array.dtype.name in PLAIN_DTYPES:
-        return array
-    return np.frombuffer(array.tobytes(), np.uint8).reshape(
-        *array.shape, array.dtype.itemsize
-    )
-
-
-def _restored(array: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype in PLAIN_DTYPES:
-        return array
-    return np.frombuffer(array.tobytes(), numpy_dtype(dtype)).reshape(array.shape[:-1])
+def _kind(value: Any) -> Kind:
+    return dtype_name(value), tuple(value.shape)

@@ -11,12 +11,21 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loopscope.errors import RunError
 
 TEMPORARY = ".tmp"
+
+SYNC_BYTES = 2**26
+"""So much is written before the disk is waited for: the wait at the end is short, and
+a disk that hangs can be told from one that is slow."""
+
+BLOCK_BYTES = 2**22
+"""So much is read at a time."""
 
 
 def write(path: Path, data: bytes) -> None:
@@ -25,18 +34,81 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         OSError: The disk is full, the folder gone, ...; what was there is untouched.
     """
+    with writing(path) as file:
+        file.write(data)
+
+
+def copy(source: Path, path: Path) -> None:
+    """Write what is in `source` to `path`, as `write`, block by block."""
+    with source.open("rb") as original, writing(path) as file:
+        while block := original.read(BLOCK_BYTES):
+            file.write(block)
+
+
+@contextmanager
+def writing(path: Path, told: Callable[[int], None] | None = None) -> Iterator[Growing]:
+    """A file that is at `path`, durably, once the block has ended.
+
+    Args:
+        path: Where; any file that was there is replaced.
+        told: Called with a number of bytes when the disk has taken them.
+
+    Raises:
+        OSError: The disk is full, the folder gone, ...; what was there is untouched.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            growing = Growing(file, told)
+            yield growing
+            growing.sync()
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+class Growing:
+    """A file while it is written: its size, and the SHA-256 of all that is in it."""
+
+    def __init__(self, file: BinaryIO, told: Callable[[int], None] | None) -> None:
+        self._file, self._told = file, told
+        self._digest = hashlib.sha256()
+        self._synced_bytes = 0
+        self.size_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Add to its end."""
+        self._file.write(data)
+        self._digest.update(data)
+        self.size_bytes += len(data)
+        if self.size_bytes - self._synced_bytes >= SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until the disk has everything."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._told is not None:
+            self._told(self.size_bytes - self._synced_bytes)
+        self._synced_bytes = self.size_bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+
+def sha256(file: BinaryIO, told: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file from where it stands, in hexadecimal, read block by block."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    while size := file.readinto(block):  # type: ignore[attr-defined]
+        digest.update(block[:size])
+        if told is not None:
+            told(size)
+    return digest.hexdigest()
 
 
 class HeldFolder:

@@ -14,9 +14,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ from loopscope.run import (
     memory,
     signals,
 )
-from loopscope.run.checkpoint import Checkpoint
+from loopscope.run.checkpoint import Checkpoint, Draft
 from loopscope.run.content import content_of, encode_logs
 from loopscope.run.folder import Folder, unwritable
 from loopscope.run.journal import JournalWriter
@@ -57,7 +57,6 @@ from loopscope.run.recording import Recording
 from loopscope.run.writer import PATIENCE_S, Limits, Writer
 from loopscope.run.writes import BARRIER, writes
 from loopscope.standing import Standing
-from loopscope.state import sha256
 
 if TYPE_CHECKING:
     from loopscope.callbacks import CallbackListener
@@ -100,6 +99,14 @@ class Past:
     anyway: bool = False
     move_to: Path | None = None
 
+    def without_arrays(self) -> Past:
+        """The same once the loop and its callbacks have their values."""
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint, state={}, extra={}),
+            standing=replace(self.standing, state={}),
+        )
+
 
 class Recorder:
     """Records one training of a loop.
@@ -139,7 +146,7 @@ class Recorder:
         """Where the last pass over training data has led."""
         self._best: float | None = None
         self._best_name: str | None = None
-        self._best_waits: _Captured | None = None
+        self._best_waits: Draft | None = None
         """The best checkpoint, where there was no time yet to write it."""
         self._remembers = True
         """Whether the callbacks are those of before, so that they can be set back."""
@@ -325,6 +332,7 @@ class Recorder:
                     memory.restore(self._callbacks, memories, dict(extra))
                 else:
                     memory.fill_history(self._callbacks, self._past.history)
+                self._past = self._past.without_arrays()
                 self._first_step = event.step - event.index
                 self._before = self._loop.state.values()
             case EpochBegin(epoch=epoch):
@@ -412,7 +420,6 @@ class Recorder:
         late = elapsed_s >= max(self._how.every_s, cost_s / COST)
         late |= run_s >= self._how.replay_s and elapsed_s >= 60 * cost_s
         if self._asked or due or (late and not self._writer.saving):
-            self._make_room()
             self._put(self._capture())
         self._leave_if_told(None)
 
@@ -498,19 +505,23 @@ class Recorder:
             self._turn += 1
         return any(path == BARRIER for path, *_ in found)
 
-    def _make_room(self) -> None:
+    def _has_room(self) -> bool:
         """Wait where the disk is slower than checkpoints have to be made.
 
         At most two states are kept in memory to be written. A disk that hangs holds
         training up once for each checkpoint, and no longer than `PATIENCE_S`.
         """
-        until = time.monotonic() + PATIENCE_S
-        while self._writer is not None and self._writer.saving > 1:
-            if time.monotonic() > until:
-                break
+        writer, progress, until = self._writer, None, 0.0
+        assert writer is not None
+        while writer.saving > 1:
+            if writer.progress != progress:
+                progress, until = writer.progress, time.monotonic() + PATIENCE_S
+            elif time.monotonic() > until:
+                return False
             time.sleep(0.001)
+        return True
 
-    def _put(self, captured: _Captured, *, best: bool = False) -> None:
+    def _put(self, captured: Draft, *, best: bool = False) -> None:
         waits, self._best_waits, self._asked = self._best_waits, None, False
         if waits is not None and waits.name == captured.name:
             best = True
@@ -518,7 +529,7 @@ class Recorder:
             self._hand_over(waits, best=True)
         self._hand_over(captured, best=best)
 
-    def _hand_over(self, captured: _Captured, *, best: bool) -> None:
+    def _hand_over(self, captured: Draft, *, best: bool) -> None:
         """Let the writer write a checkpoint that is not there already."""
         writer, name = self._writer, captured.name
         assert writer is not None
@@ -529,7 +540,11 @@ class Recorder:
             if best:
                 writer.keep(name)
             return
-        writer.save(name, captured.make, best=best)
+        last = captured.content["finished"] or self._signal is not None
+        if self._has_room() or last:
+            writer.save(captured, best=best)
+        else:
+            writer.leave_out(captured)
         self._saved_name = name
         self._saved_step, self._saved_s = self._loop.step, time.monotonic()
         self._saved_run_s = self._run_s
@@ -541,8 +556,8 @@ class Recorder:
         pinned: bool = False,
         finished: bool = False,
         best: bool = False,
-    ) -> _Captured:
-        """Where training stands, as a checkpoint to be made on another thread."""
+    ) -> Draft:
+        """Where training stands, as a checkpoint for another thread to write."""
         barrier = self._record_writes() if standing is None else False
         at = standing or self._loop.standing(state=self._before)
         extra: Arrays = {}
@@ -563,21 +578,15 @@ class Recorder:
         }
         # Attributes of callbacks may be arrays that they go on changing.
         extra = {name: array.copy() for name, array in extra.items()}
-        to_numpy = self._loop.backend.to_numpy
-
-        def make() -> Checkpoint:
-            state = {path: to_numpy(value) for path, value in at.state.items()}
-            return Checkpoint(
-                name=name,
-                step=at.step,
-                state=state,
-                extra=extra,
-                content=content,
-                state_sha256=sha256(state.items()),
-                pinned=pinned or barrier,
-            )
-
-        return _Captured(name, make)
+        return Draft(
+            name=name,
+            step=at.step,
+            state=dict(at.state),
+            extra=extra,
+            content=content,
+            pinned=pinned or barrier,
+            to_numpy=self._loop.backend.to_numpy,
+        )
 
     # Being told.
 
@@ -663,14 +672,6 @@ class Recorder:
         finally:
             if warnings.showwarning is show:
                 warnings.showwarning = shown
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """A checkpoint that is yet to be made."""
-
-    name: str
-    make: Callable[[], Checkpoint]
 
 
 def _is_bar(callback: Any) -> bool:

@@ -97,7 +97,9 @@ def _chief(
         if past is not None:
             loop.adopt(past.standing)
             loop.go_on_from(past.standing)
-        yield Recorder(loop, folder, how, past)
+        recorder = Recorder(loop, folder, how, past)
+        del past  # The recorder lets go of its arrays as training begins.
+        yield recorder
     finally:
         loop.go_on_from(None)
         lock.release()

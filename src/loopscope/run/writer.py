@@ -23,14 +23,14 @@ import numpy as np
 
 from loopscope.errors import RunError
 from loopscope.run import checkpoint as checkpoints
-from loopscope.run.checkpoint import Checkpoint, Entry
+from loopscope.run.checkpoint import Draft, Entry
 from loopscope.run.files import HeldFolder
 from loopscope.run.folder import Folder
 from loopscope.run.journal import JournalWriter, Row, text
 from loopscope.run.keep import Kept, superfluous
 
 PATIENCE_S = 10.0
-"""How long training waits for a checkpoint that must not be left out."""
+"""How long training waits for a disk that takes nothing at all."""
 
 FLUSH_S = 0.5
 """How long a step may wait in memory until it is in the journal."""
@@ -86,6 +86,8 @@ class Writer:
         self.failed = False
         """Whether recording has ended for good."""
         self._queued = self._saved = 0
+        self._draft: Draft | None = None
+        """The checkpoint that is being written."""
         self.cost_s = 0.0
         """What the last checkpoint took."""
         self.best: str | None = None
@@ -118,12 +120,19 @@ class Writer:
         """Record what `find` returns; it is called on the writing thread."""
         self._queue.put(("fact", name, find))
 
-    def save(
-        self, name: str, make: Callable[[], Checkpoint], *, best: bool = False
-    ) -> None:
-        """Write checkpoint `name`; `make` is called on the writing thread."""
+    def save(self, draft: Draft, *, best: bool = False) -> None:
+        """Write a checkpoint. Its state is let go of variable by variable."""
         self._queued += 1
-        self._queue.put(("save", name, make, best))
+        self._queue.put(("save", draft, best))
+
+    def leave_out(self, draft: Draft) -> None:
+        """Do not write a checkpoint, since those before it are not getting anywhere."""
+        self.missing.add(draft.name)
+        self._say(
+            "checkpoint",
+            f"the checkpoint before step {draft.step} is left out: the disk has taken "
+            f"nothing for {PATIENCE_S:.0f} s; it is tried again later",
+        )
 
     def keep(self, name: str) -> None:
         """Take a checkpoint that was written or queued for the best one."""
@@ -133,6 +142,12 @@ class Writer:
     def saving(self) -> int:
         """Checkpoints that are queued or being written; their states are kept."""
         return self._queued - self._saved
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Something else than before, unless the disk hangs."""
+        draft = self._draft
+        return self._saved, draft.moved_bytes if draft is not None else 0
 
     def wait(self) -> None:
         """Wait until everything queued so far is on the disk, or given up."""
@@ -173,16 +188,19 @@ class Writer:
 
     def _take(self, kind: str, rest: list[Any]) -> bool:
         if kind == "save":
+            self._draft, best = rest
+            draft = self._draft
             try:
-                name, make, best = rest
-                if self._save(make, best):
-                    self.missing.discard(name)
+                if self._save(draft, best):
+                    self.missing.discard(draft.name)
                 else:
-                    self.missing.add(name)
+                    self.missing.add(draft.name)
             except BaseException:
-                self.missing.add(name)
+                self.missing.add(draft.name)
                 raise
             finally:
+                draft.state.clear()
+                self._draft = None
                 self._saved += 1
         elif kind == "best":
             if rest[0] not in self.missing:
@@ -246,17 +264,16 @@ class Writer:
         self._batch = Batch()
         return True
 
-    def _save(self, make: Callable[[], Checkpoint], best: bool) -> bool:
+    def _save(self, draft: Draft, best: bool) -> bool:
         """Write a checkpoint; whether it is there."""
         if self.failed:
             return False
         began = time.perf_counter()
-        made = make()
         # Journal first: a checkpoint whose steps are not recorded would leave a gap.
         if not self._flush(durable=True):
             return False
         try:
-            described = checkpoints.write(self._checkpoints.path, made)
+            described = checkpoints.write(self._checkpoints.path, draft)
         except (OSError, RunError) as error:
             if _inode(self._folder) != self._identity:
                 self._give_up(f"the run folder {self._folder.path} is gone")
@@ -264,17 +281,17 @@ class Writer:
                 why = getattr(error, "strerror", None) or error
                 self._say(
                     "checkpoint",
-                    f"the checkpoint before step {made.step} could not be written "
+                    f"the checkpoint before step {draft.step} could not be written "
                     f"({why}); the ones before it stay, and it is tried again later",
                 )
             return False
-        written = checkpoints.entry_of(made.name, *described)
+        written = checkpoints.entry_of(draft.name, *described)
         self._note(written, kept=True)
         if best:
-            self.best = made.name
-        if not made.content["finished"]:
+            self.best = draft.name
+        if not draft.content["finished"]:
             # One of the same name was written over: two would thin out each other.
-            self._kept = [e for e in self._kept if e.name != made.name]
+            self._kept = [e for e in self._kept if e.name != draft.name]
             self._kept.append(_without_history(written))
             self._kept.sort(key=lambda e: (e.step, e.turn))
         if self._flush(durable=True):
