@@ -213,14 +213,22 @@ def quick():
     """What the quick suite asks, in one process."""
     gear = "fused-graph"
     return {
-        "agrees": {n: agrees(n, gear) for n in ("subclassed", *cases.OWN)},
-        "copies": copies(gear),
+        "agrees": {name: agrees(name, gear) for name in ("with_tape", "clipped")},
         "uses": uses(gear),
-        "resumed": resumed(gear),
         "refusals": refusals(),
-        "chosen": chosen(),
         "examined": examined(),
         "adopted": adopted(gear),
+    }
+
+
+def slow():
+    """What the slow suite asks besides, in one process."""
+    gear = "fused-graph"
+    return {
+        "agrees": {name: agrees(name, gear) for name in ("subclassed", "synchronized")},
+        "copies": copies(gear),
+        "resumed": resumed(gear),
+        "chosen": chosen(),
     }
 
 

@@ -34,6 +34,11 @@ def found():
     return on_replicas("quick")
 
 
+@pytest.fixture(scope="module")
+def more():
+    return on_replicas("slow")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gear", ["eager", "graph", "fused-graph"])
 @pytest.mark.parametrize("name", [*SAME, "synchronized", "with_tape", "clipped"])
@@ -46,14 +51,22 @@ def test_replicas_follow_a_single_device(name, gear):
         assert apart["difference"] < 1e-6, apart
 
 
-@pytest.mark.parametrize("name", ["subclassed", "synchronized", "with_tape", "clipped"])
+@pytest.mark.parametrize("name", ["with_tape", "clipped"])
 def test_replicas_follow_a_single_device_in_the_fused_gear(name, found):
     apart = found["agrees"][name]
     assert apart["difference"] < 1e-6, apart
 
 
-def test_the_copies_stay_equal(found):
-    assert found["copies"] == {"copies": 2, "alike": True}
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["subclassed", "synchronized"])
+def test_more_replicas_follow_a_single_device_in_the_fused_gear(name, more):
+    apart = more["agrees"][name]
+    assert apart["difference"] < 1e-6, apart
+
+
+@pytest.mark.slow
+def test_the_copies_stay_equal(more):
+    assert more["copies"] == {"copies": 2, "alike": True}
 
 
 def test_validation_prediction_and_small_batches(found):
@@ -63,8 +76,9 @@ def test_validation_prediction_and_small_batches(found):
     assert uses["order"] == [True, True]
 
 
-def test_a_run_on_replicas_goes_on_to_the_same_bits(found):
-    whole, left = found["resumed"]["ends"]
+@pytest.mark.slow
+def test_a_run_on_replicas_goes_on_to_the_same_bits(more):
+    whole, left = more["resumed"]["ends"]
     assert left == whole
     assert whole[0] == 18
 
@@ -87,5 +101,6 @@ def test_a_model_is_moved_to_the_replicas(found):
     assert made == given
 
 
-def test_auto_takes_a_gear_that_replicas_have(found):
-    assert found["chosen"] in ("graph", "fused-graph")
+@pytest.mark.slow
+def test_auto_takes_a_gear_that_replicas_have(more):
+    assert more["chosen"] in ("graph", "fused-graph")
