@@ -12,9 +12,9 @@ import pytest
 
 from loopscope.events import Compiled
 from models import (
+    BRIEF,
     COMPILED,
     FUSED,
-    GEARS,
     TORCH,
     Batches,
     all_kinds_loop,
@@ -51,7 +51,7 @@ def python(program, **environment):
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("gear", GEARS)
+@pytest.mark.parametrize("gear", BRIEF)
 def test_the_same_seed_gives_the_same_bits_twice_in_a_process(gear):
     assert trained(gear) == trained(gear)
 
@@ -189,7 +189,7 @@ def test_a_second_training_and_an_evaluation_between_compile_nothing_new():
     assert compiled_events(loop, both) == []
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 @pytest.mark.skipif(TORCH, reason="without XLA")
 def test_xla_itself_compiles_nothing_after_the_first_epoch(tmp_path):
     """Counted by the files that XLA writes, one for each module it compiles."""

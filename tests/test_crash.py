@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).parent / "crash" / "run.py"
 CASES = {"tensorflow": "tf-fused", "jax": "jax-fused"}
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_training_killed_three_times_ends_as_the_one_that_nobody_disturbed():
     case = CASES[keras.backend.backend()]
     # With this seed the two that are aimed come first, and early in the training.

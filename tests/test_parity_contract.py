@@ -336,6 +336,7 @@ DISTRIBUTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TENSORFLOW, reason="tf.distribute is TensorFlow's")
 def test_a_distributed_dataset_trains_as_in_keras_and_keeps_the_copies_equal():
     code = textwrap.dedent(DISTRIBUTED.format(tests=os.path.dirname(__file__)))

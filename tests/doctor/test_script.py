@@ -214,7 +214,7 @@ else:
     @pytest.mark.parametrize(
         "loss",
         [
-            "tf.reduce_mean(losses)",
+            slow("tf.reduce_mean(losses)"),
             slow("keras.ops.mean(losses)"),
             slow("tf.nn.compute_average_loss(losses, global_batch_size=16)"),
             slow("keras.losses.SparseCategoricalCrossentropy(True)(y, logits)"),

@@ -327,6 +327,7 @@ def test_a_branch_shares_the_past_and_goes_on_with_another_rate(tmp_path):
     assert (tmp_path / "branch/log.csv").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_a_branch_may_go_on_in_another_gear(tmp_path):
     recorded(tmp_path / "run", experiment())
     run = open_run(tmp_path / "run", experiment=experiment())
