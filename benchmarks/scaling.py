@@ -28,7 +28,7 @@ ALONE = {
 WAYS = [(1, 1), (2, 1), (4, 1), (1, 2)]
 """Devices of a process, and processes."""
 
-STEPS = 200
+STEPS = 500
 PATIENCE_S = 600
 
 Row = dict[str, Any]

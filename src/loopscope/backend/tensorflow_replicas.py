@@ -238,7 +238,9 @@ def _summed(parts: Sequence[Any]) -> list[Any]:
 
 
 def _all_reduced(grads: Sequence[Any]) -> list[Any]:
-    found = iter(_summed([g for g in grads if g is not None]))
+    context, add = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
+    there = [g for g in grads if g is not None]  # TensorFlow packs what it is given.
+    found = iter(context.all_reduce(add, there) if there else ())
     return [None if g is None else next(found) for g in grads]
 
 
