@@ -307,6 +307,8 @@ def _signature(runner: Runner, source: Source) -> str:
     parts = [
         runner.backend.name,
         runner.backend.device(),
+        runner.together.size,
+        runner.backend.distribution(runner.model) is not None,
         [_version(name) for name in ("loopscope", "keras", runner.backend.name)],
         [
             platform.machine(),
