@@ -8,7 +8,6 @@ import os
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 
 COUNT = 4
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={COUNT}"
@@ -192,34 +191,8 @@ def watched(gear):
 
 def resumed(gear, over="data_parallel"):
     """A run left in the middle of an epoch, and one that was not: do they end alike?"""
-
-    class Leave(Exception):
-        pass
-
-    def at(step):
-        def listener(event):
-            if type(event).__name__ == "ChunkEnd" and loop.step == step:
-                raise Leave
-
-        return listener
-
-    x, y = blobs(6 * BATCH)
-    arguments = {"batch_size": BATCH, "epochs": 3, "verbose": 0}
-    ends = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, leave in (("whole", None), ("left", 8)):
-            make = divided(models.mixed_loop, globals()[over])
-            loop = fresh(make, gear)
-            if leave:
-                listener = at(leave)
-                loop.subscribe(listener, chunk_steps={"train": 1})
-                try:
-                    loop.fit(x, y, run=Path(folder, name), **arguments)
-                except Leave:
-                    loop = fresh(make, gear)
-            loop.fit(x, y, run=Path(folder, name), resume=bool(leave), **arguments)
-            ends.append((loop.step, loop.state.sha256()))
-    return {"ends": ends}
+    make = divided(models.mixed_loop, globals()[over])
+    return {"ends": models.left_and_not(make, gear, blobs(6 * BATCH))}
 
 
 def refusals():

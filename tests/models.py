@@ -7,7 +7,9 @@ new model, and `data` are the `x` and `y` of `fit`, one batch of them.
 import contextlib
 import inspect
 import re
+import tempfile
 import warnings
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -511,3 +513,53 @@ def differences(was, now):
     """`relative` by path, for two states as dicts of arrays."""
     assert list(was) == list(now)
     return {path: relative(was[path], now[path]) for path in was}
+
+
+def apart(one, other):
+    """The largest relative difference of two trainings' variables and histories."""
+    (history, state, _), (others, other_state, _) = one, other
+    logs = {name: relative(history[name], others[name]) for name in sorted(history)}
+    found = {**differences(state, other_state), **logs}
+    worst = max(found, key=found.get)
+    return {"path": worst, "difference": float(found[worst])}
+
+
+def clipped():
+    """Gradients are summed before they are clipped."""
+
+    def make(gear, **options):
+        optimizer = keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
+        return small_loop(gear, optimizer=optimizer, **options)
+
+    return make, blobs(BATCH)
+
+
+def left_and_not(make, gear, data):
+    """Where a run ends, and one that was left in the middle of an epoch and gone on."""
+
+    class Leave(Exception):
+        pass
+
+    def at(step):
+        def listener(event):
+            if type(event).__name__ == "ChunkEnd" and loop.step == step:
+                raise Leave
+
+        return listener
+
+    arguments = {"batch_size": BATCH, "epochs": 3, "verbose": 0}
+    ends = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, leave in (("whole", None), ("left", 8)):
+            loop = fresh(make, gear)
+            if leave:
+                listener = at(leave)
+                loop.subscribe(listener, chunk_steps={"train": 1})
+                try:
+                    loop.fit(*data, run=Path(folder, name), **arguments)
+                except Leave:
+                    loop = fresh(make, gear)
+            run = {"run": Path(folder, name), "resume": bool(leave)}
+            loop.fit(*data, **run, **arguments)
+            ends.append((loop.step, loop.state.sha256()))
+    return ends

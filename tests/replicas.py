@@ -5,9 +5,7 @@ TensorFlow divides a CPU into logical devices before anything else is done with 
 
 import json
 import sys
-import tempfile
 import warnings
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -22,7 +20,7 @@ STRATEGY = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(REPLICAS)])
 
 import models  # noqa: E402
 import replicas_cases as cases  # noqa: E402
-from models import BATCH, blobs, differences, fresh  # noqa: E402
+from models import BATCH, apart, blobs, fresh  # noqa: E402
 
 
 def divided(make):
@@ -44,17 +42,6 @@ def both(make, gear, *data, **options):
         history = loop.fit(*data, **options).history
         found.append((history, loop.state.numpy(), loop))
     return found
-
-
-def apart(one, other):
-    """The largest relative difference of two trainings' variables and histories."""
-    (history, state, _), (others, other_state, _) = one, other
-    logs = {
-        name: models.relative(history[name], others[name]) for name in sorted(history)
-    }
-    found = {**differences(state, other_state), **logs}
-    worst = max(found, key=found.get)
-    return {"path": worst, "difference": float(found[worst])}
 
 
 def agrees(name, gear):
@@ -100,34 +87,7 @@ def uses(gear):
 
 def resumed(gear):
     """A run left in the middle of an epoch, and one that was not: do they end alike?"""
-
-    class Leave(Exception):
-        pass
-
-    def at(step):
-        def listener(event):
-            if type(event).__name__ == "ChunkEnd" and loop.step == step:
-                raise Leave
-
-        return listener
-
-    x, y = blobs(45)
-    arguments = {"batch_size": BATCH, "epochs": 3, "verbose": 0}
-    ends = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, leave in (("whole", None), ("left", 8)):
-            make = divided(lambda gear: models.mixed_loop(gear))
-            loop = fresh(make, gear)
-            if leave:
-                listener = at(leave)
-                loop.subscribe(listener, chunk_steps={"train": 1})
-                try:
-                    loop.fit(x, y, run=Path(folder, name), **arguments)
-                except Leave:
-                    loop = fresh(make, gear)
-            loop.fit(x, y, run=Path(folder, name), resume=bool(leave), **arguments)
-            ends.append((loop.step, loop.state.sha256()))
-    return {"ends": ends}
+    return {"ends": models.left_and_not(divided(models.mixed_loop), gear, blobs(45))}
 
 
 def refusals():

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 import models
-from models import BATCH, blobs
+from models import BATCH, blobs, clipped
 
 
 def synchronized():
@@ -48,16 +48,6 @@ def with_tape():
             return loss
 
         return loop
-
-    return make, blobs(BATCH)
-
-
-def clipped():
-    """Gradients are summed before they are clipped."""
-
-    def make(gear, **options):
-        optimizer = keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
-        return models.small_loop(gear, optimizer=optimizer, **options)
 
     return make, blobs(BATCH)
 

@@ -21,7 +21,7 @@ import loopscope
 import models
 from loopscope import backend
 from loopscope.errors import UsageError, WorkerError
-from models import BATCH, blobs, differences, fresh
+from models import BATCH, apart, blobs, clipped, fresh
 
 TOLD = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE")}
 RANK, SIZE = int(TOLD["RANK"]), int(TOLD["WORLD_SIZE"])
@@ -38,17 +38,6 @@ def trained(make, gear, *data, **options):
     options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **options}
     history = loop.fit(*data, **options).history
     return history, loop.state.numpy(), loop
-
-
-def apart(one, other):
-    """The largest relative difference of two trainings' variables and histories."""
-    (history, state, _), (others, other_state, _) = one, other
-    logs = {
-        name: models.relative(history[name], others[name]) for name in sorted(history)
-    }
-    found = {**differences(state, other_state), **logs}
-    worst = max(found, key=found.get)
-    return {"path": worst, "difference": float(found[worst])}
 
 
 def with_backward(wrap=None):
@@ -105,16 +94,6 @@ def functional():
             return loss
 
         return loop
-
-    return make, blobs(BATCH)
-
-
-def clipped():
-    """Gradients are summed before they are clipped."""
-
-    def make(gear, **options):
-        optimizer = keras.optimizers.Adam(1e-2, global_clipnorm=0.1)
-        return models.small_loop(gear, optimizer=optimizer, **options)
 
     return make, blobs(BATCH)
 

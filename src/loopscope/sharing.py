@@ -52,7 +52,7 @@ class Sharing:
             now = state.values()
             there = {path: before[path] for path in before if path in now}
             writes = list(changed(there, now, self._backend))
-            self._before = before = None
+            self._before = None
         writes, said = self._together.agreed((writes, said))
         if not self._together.chief:
             state.write(dict(writes))

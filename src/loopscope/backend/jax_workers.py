@@ -78,7 +78,9 @@ class Workers:
 
     def lost(self, error: Exception) -> bool:
         """Whether this is what JAX says when a worker is gone."""
-        return _lost(error)
+        # What a compiled step raises is a ValueError where its status is unknown.
+        known = isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
+        return known and any(sign in str(error) for sign in SIGNS)
 
     def _said(self, part: bytes, size: int) -> bytes:
         row = np.zeros((1, size), np.uint8)
@@ -87,19 +89,12 @@ class Workers:
         return np.asarray(self._of_chief(rows)).tobytes()
 
 
-def _lost(error: Exception) -> bool:
-    # What a compiled step raises comes as a ValueError where its status is unknown.
-    known = isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
-    return known and any(sign in str(error) for sign in SIGNS)
-
-
 def team() -> Team:
     """The processes that the distribution which is set is over."""
-    distribution = devices.current()
-    if distribution is None or not _several(devices.mesh_of(distribution)):
+    if not several():
         return Alone()
     _assign_without_asking()
-    return _workers(devices.mesh_of(distribution))
+    return _workers(devices.mesh_of(devices.current()))
 
 
 _workers = cache(Workers)
@@ -108,11 +103,10 @@ _workers = cache(Workers)
 def several() -> bool:
     """Whether the distribution that is set is over several processes."""
     distribution = devices.current()
-    return distribution is not None and _several(devices.mesh_of(distribution))
-
-
-def _several(mesh: Mesh) -> bool:
-    return len({device.process_index for device in mesh.devices.flat}) > 1
+    if distribution is None:
+        return False
+    there = devices.mesh_of(distribution).devices.flat
+    return len({device.process_index for device in there}) > 1
 
 
 @cache

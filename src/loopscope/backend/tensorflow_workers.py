@@ -42,7 +42,6 @@ class Workers:
         self.size = workers + chiefs
         first = 0 if resolver.task_type == "chief" else chiefs
         self.rank = 0 if chief else first + int(resolver.task_id)
-        self._strategy = strategy
 
         def add(message: Any) -> Any:
             def on_one() -> Any:

@@ -17,14 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from loopscope.cluster import Place
+from loopscope.cluster import TORCHRUN, Place
 from loopscope.errors import UsageError, WorkerError
 
 TIMEOUT = timedelta(minutes=10)
 """How long a worker waits for the others, where loopscope makes the process group."""
-
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each worker in its environment."""
 
 HEAD = 1024
 """Bytes of the first message of `agree`; most need no second one."""
@@ -39,7 +36,7 @@ def joined() -> Workers | None:
     if not dist.is_available():
         return None
     if not dist.is_initialized():
-        told = all(name in os.environ for name in LAUNCHED)
+        told = all(name in os.environ for name in TORCHRUN)
         if not told or int(os.environ["WORLD_SIZE"]) < 2:
             return None
         dist.init_process_group("gloo", timeout=TIMEOUT)
