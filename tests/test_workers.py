@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
+import sharding
 from models import ALL, FUSED, JAX, TENSORFLOW, relative
 
 pytestmark = [] if TENSORFLOW else [pytest.mark.slow]
@@ -95,6 +96,7 @@ def apart(folder, name, size):
 def found(tmp_path_factory):
     """What one process has found, and two."""
     folder = tmp_path_factory.mktemp("workers")
+    sharding.write(folder)
     one = together(1, "quick", FUSED, folder)[0]
     return folder, one, together(2, "quick", FUSED, folder)
 
@@ -203,3 +205,58 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path):
     (found,) = together(1, "recorded", FUSED, tmp_path / "two", 4, "", "small_loop")
     assert found["step"] == whole["step"]
     assert abs(found["loss"] / whole["loss"] - 1) < 1e-5
+
+
+def same_numbers(one, several, folder):
+    size = len(several)
+    for kind in sharding.KINDS:
+        (alone,) = (worker[kind] for worker in one)
+        assert set(alone["counts"]) == {1.0}, kind
+        for worker in several:
+            found = worker[kind]
+            assert found["counts"] == alone["counts"], kind
+            assert found["steps"] == alone["steps"], kind
+            assert found["state"] == several[0][kind]["state"], kind
+            for name, values in alone["history"].items():
+                theirs = np.array(found["history"][name])
+                assert relative(np.array(values), theirs) < 1e-5, (kind, name)
+        assert apart(folder, kind, size) < 1e-4, kind
+
+
+def test_data_by_worker_are_read_once_and_give_the_same_numbers(found):
+    folder, one, two = found
+    same_numbers([one["by_worker"]], [worker["by_worker"] for worker in two], folder)
+
+
+def test_data_by_worker_that_cannot_be_are_refused_on_every_worker(found):
+    _, _, two = found
+    for worker in two:
+        arrays, shapes = worker["refused"]["arrays"], worker["refused"]["shapes"]
+        assert arrays.startswith("DataError: Data by worker have to be batches already")
+        assert "float32[4, 4]" in shapes
+        assert "float32[5, 4]" in shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gear", ["eager", FUSED])
+def test_data_by_worker_on_four_workers(gear, tmp_path):
+    sharding.write(tmp_path)
+    one = together(1, "by_worker", gear, tmp_path, *sharding.KINDS)
+    four = together(4, "by_worker", gear, tmp_path, *sharding.KINDS)
+    same_numbers(one, four, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", ["1:8", "all:3"])
+def test_data_by_worker_go_on_at_the_same_place(leave, tmp_path):
+    sharding.write(tmp_path)
+    last = (4, "", "mixed_loop", tmp_path)
+    whole = together(2, "recorded", FUSED, tmp_path / "whole", *last)
+    dying = (0, 1) if leave.startswith("all") else (1,)
+    again = (4, leave, "mixed_loop", tmp_path)
+    together(
+        *(2, "recorded", FUSED, tmp_path / "left", *again),
+        dying=dying,
+        others_may=JAX,
+    )
+    assert together(2, "recorded", FUSED, tmp_path / "left", *last) == whole

@@ -41,6 +41,7 @@ import numpy as np  # noqa: E402
 
 import loopscope  # noqa: E402
 import models  # noqa: E402
+import sharding  # noqa: E402
 from loopscope import Recording  # noqa: E402
 from loopscope.errors import LoopscopeError  # noqa: E402
 from models import BATCH, blobs, fresh, small_loop  # noqa: E402
@@ -108,9 +109,8 @@ class Seen(keras.metrics.Metric):
         return keras.ops.max(self.counts)
 
 
-def counted(gear):
-    """How often each example of an epoch was seen by all workers together."""
-    rows = 3 * BATCH + 5
+def counting(rows):
+    """Makes a loop that counts how often each example was seen."""
 
     def make(gear):
         loop = small_loop(gear)
@@ -132,11 +132,51 @@ def counted(gear):
         loop.seen = seen
         return loop
 
+    return make
+
+
+def counted(gear):
+    """How often each example of an epoch was seen by all workers together."""
+    rows = 3 * BATCH + 5
     x, y = blobs(rows)
     given = {"x": x, "index": np.arange(rows, dtype="float32")}
-    loop = made(make, gear)
+    loop = made(counting(rows), gear)
     loop.fit(given, y, batch_size=BATCH, verbose=0)
     return loop.seen.counts.numpy().tolist()
+
+
+def by_worker(gear, folder, *which):
+    """Two epochs of data by worker, each kind of `sharding.KINDS`; counts and state."""
+    found = {}
+    for name in which:
+        loop = made(counting(sharding.ROWS), gear)
+        data = loopscope.Sharded(sharding.part(name, Path(folder), BATCH))
+        validation = loopscope.Sharded(sharding.examples(folder, BATCH))
+        history = loop.fit(data, epochs=2, validation_data=validation, verbose=0)
+        np.savez(Path(folder, f"{name}-{SIZE}-{RANK}.npz"), **state_of(loop))
+        found[name] = {
+            "counts": loop.seen.counts.numpy().tolist(),
+            "steps": loop.step,
+            "history": history.history,
+            "state": loop.state.sha256(),
+        }
+    return found
+
+
+def refused(gear):
+    """What is said of data by worker that no step could be run on."""
+    x, y = blobs(2 * BATCH)
+    parts = {
+        "arrays": lambda index, count: (x, y),
+        "shapes": lambda index, count: [(x[: 4 + index], y[: 4 + index])],
+    }
+    said = {}
+    for name, part in parts.items():
+        try:
+            made(small_loop, gear).fit(loopscope.Sharded(part), verbose=0)
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
 
 
 class Slower(keras.callbacks.Callback):
@@ -227,10 +267,16 @@ def differing(gear):
         return f"{type(error).__name__}: {error}"
 
 
-def recorded(gear, run, epochs="4", leave="", model="mixed_loop"):
-    """A run; `RANK:STEP` of `leave` is killed there, `all:STEP` are all of them."""
+def recorded(gear, run, epochs="4", leave="", model="mixed_loop", files=""):
+    """A run; `RANK:STEP` of `leave` is killed there, `all:STEP` are all of them.
+
+    With `files`, of data by worker, read by Grain.
+    """
     x, y = blobs(5 * BATCH + 5)
     loop = made(getattr(models, model), gear)
+    given = {"x": x, "y": y, "batch_size": BATCH}
+    if files:
+        given = {"x": loopscope.Sharded(sharding.examples(Path(files), BATCH))}
     who, _, step = leave.partition(":")
 
     def listener(event):
@@ -240,11 +286,11 @@ def recorded(gear, run, epochs="4", leave="", model="mixed_loop"):
 
     if who:
         loop.subscribe(listener, chunk_steps={"train": 1})
-    arguments = {"batch_size": BATCH, "epochs": int(epochs), "verbose": 0}
+    arguments = {**given, "epochs": int(epochs), "verbose": 0}
     arguments["validation_data"] = blobs(13, seed=8)
     how = Recording(run, every_s=0.01, replay_steps=2)
     try:
-        history = loop.fit(x, y, run=how, resume=True, **arguments)
+        history = loop.fit(run=how, resume=True, **arguments)
     except LoopscopeError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {
@@ -262,6 +308,8 @@ def quick(gear, folder):
         "with_callbacks": with_callbacks(gear),
         "streamed": streamed(gear),
         "recorded": recorded(gear, Path(folder, f"run-{SIZE}")),
+        "by_worker": by_worker(gear, folder, *sharding.KINDS),
+        "refused": refused(gear) if SIZE > 1 else None,
         "failing": failing(gear) if SIZE > 1 else None,
         "differing": differing(gear) if SIZE > 1 else None,
     }

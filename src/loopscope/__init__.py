@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loopscope.loop import Loop
     from loopscope.run.recording import Recording
     from loopscope.runs import open_run
+    from loopscope.sharded import Sharded
     from loopscope.step import value_and_grad
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _HOME = {
     "Experiment": "loopscope.experiment",
     "Loop": "loopscope.loop",
     "Recording": "loopscope.run.recording",
+    "Sharded": "loopscope.sharded",
     "datasets": "",
     "evaluate": "loopscope.drop_in",
     "events": "",
@@ -39,6 +41,7 @@ __all__ = [
     "Experiment",
     "Loop",
     "Recording",
+    "Sharded",
     "datasets",
     "evaluate",
     "events",

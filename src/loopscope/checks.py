@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from loopscope import backend as backends
-from loopscope.data.arrays import ArraySource
 from loopscope.data.feed import NativeSpec, Spec
 from loopscope.data.source import Source
 from loopscope.errors import DataError, UsageError
@@ -175,10 +174,7 @@ def labels(model: Any, source: Source) -> None:
 
     Of a stream, the first chunk is looked at.
     """
-    if isinstance(source, ArraySource):
-        arrays = source.arrays
-    else:
-        arrays = source.sample().feed.arrays
+    arrays = source.shown()
     if len(arrays) < 2:
         return
     loss, y = getattr(model, "loss", None), arrays[1]

@@ -22,12 +22,13 @@ import numpy as np
 
 from loopscope import checks
 from loopscope.callbacks import CallbackListener, rows
-from loopscope.data.source import Source, as_source
+from loopscope.data.source import Source
 from loopscope.data.split import split, unpack
 from loopscope.doctor import first_chunk
 from loopscope.errors import UsageError
 from loopscope.events import Phase
 from loopscope.run.resume import recording
+from loopscope.sharded import as_source
 
 if TYPE_CHECKING:
     from loopscope.loop import Loop
@@ -239,6 +240,7 @@ def sources(
         y,
         sample_weight,
         backend=self.backend,
+        together=self.together,
         batch_size=batch_size,
         shuffle=shuffle,
         seed=self.seed,
@@ -358,6 +360,7 @@ def _in_order_from_the_start(
         y,
         sample_weight,
         backend=loop.backend,
+        together=loop.together,
         batch_size=batch_size,
         shuffle=False,
         steps_per_epoch=_whole_calls(loop, steps),

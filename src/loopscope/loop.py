@@ -23,7 +23,7 @@ from loopscope import backend as backends
 from loopscope import checks, keras_methods, questions, step
 from loopscope.choose import choose
 from loopscope.data.feed import Segment
-from loopscope.data.source import Pass, Source, as_source
+from loopscope.data.source import Pass, Source
 from loopscope.epoch import Epoch
 from loopscope.errors import DataError, TraceError, UsageError
 from loopscope.events import (
@@ -48,6 +48,7 @@ from loopscope.meters import Initial, Meters
 from loopscope.questions import Ahead
 from loopscope.run.resume import recording
 from loopscope.runner import Done, Runner
+from loopscope.sharded import as_source
 from loopscope.sharing import Sharing
 from loopscope.standing import Cursor, Standing
 from loopscope.state import Snapshot, State
@@ -403,6 +404,7 @@ class Loop:
             y,
             sample_weight,
             backend=self.backend,
+            together=self.together,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=self.seed,

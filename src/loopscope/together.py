@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ class Together:
     """
 
     def __init__(self, team: Team) -> None:
-        self._team = team
+        self.team = team
         self.rank, self.size = team.rank, team.size
         self.chief = team.rank == 0
         self.several = team.size > 1
@@ -50,15 +51,37 @@ class Together:
         found: Value = said
         return found
 
-    def gathered(self, digest: bytes) -> list[bytes]:
-        """What each worker has given, by rank: 32 bytes. All of them ask.
+    def gathered(self, data: bytes) -> list[bytes]:
+        """What each worker has given, by rank: equally many bytes. All of them ask.
 
         Raises:
             WorkerError: One of them is gone.
         """
         self.refuse_alone()
         with self.guarded():
-            return self._team.gather(digest)
+            return self.team.gather(data)
+
+    def numbers(self, *mine: int) -> list[tuple[int, ...]]:
+        """At most four whole numbers of each worker, by rank. All of them ask.
+
+        Raises:
+            WorkerError: One of them is gone.
+        """
+        form = f"<{len(mine)}q"
+        found = self.gathered(struct.pack(form, *mine).ljust(32, b"\0"))
+        return [struct.unpack_from(form, theirs) for theirs in found]
+
+    def collected(self, data: bytes) -> list[bytes]:
+        """What each worker has given, by rank, however long. All of them ask.
+
+        Raises:
+            WorkerError: One of them is gone.
+        """
+        lengths = [length for (length,) in self.numbers(len(data))]
+        # Of a power of two of bytes, so that few programs are made.
+        size = 1 << max(10, (max(lengths) - 1).bit_length())
+        found = self.gathered(data.ljust(size, b"\0"))
+        return [theirs[:n] for theirs, n in zip(found, lengths, strict=True)]
 
     def refuse_alone(self) -> None:
         """Refuse what all workers have to do, where the chief does something alone.
@@ -107,14 +130,14 @@ class Together:
         try:
             yield
         except Exception as error:
-            if self.several and self._team.lost(error):
+            if self.several and self.team.lost(error):
                 raise self._lost(error) from error
             raise
 
     def _exchange(self, message: tuple[str, Any]) -> tuple[str, Any]:
         with self.guarded():
             given = pickle.dumps(message) if self.chief else b""
-            found: tuple[str, Any] = pickle.loads(self._team.agree(given))
+            found: tuple[str, Any] = pickle.loads(self.team.agree(given))
             return found
 
     def _lost(self, error: Exception) -> WorkerError:

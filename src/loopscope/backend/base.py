@@ -146,8 +146,8 @@ class Team(Protocol):
         """
         ...
 
-    def gather(self, digest: bytes) -> list[bytes]:
-        """What each worker has given, by rank: 32 bytes. All of them call it."""
+    def gather(self, data: bytes) -> list[bytes]:
+        """What each worker has given, by rank; equally many bytes on all of them."""
         ...
 
     def lost(self, error: Exception) -> bool:
@@ -164,9 +164,9 @@ class Alone:
         """What was given."""
         return message
 
-    def gather(self, digest: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         """What was given."""
-        return [digest]
+        return [data]
 
     def lost(self, error: Exception) -> bool:
         """Nobody can be lost."""
@@ -269,6 +269,19 @@ class Backend(Protocol):
         """The step, for a whole batch, on all replicas that a model was made for.
 
         Where there is but one, or the framework divides batches by itself, the step.
+        """
+        ...
+
+    def of_workers(self, feed: Feed, team: Team) -> Feed:
+        """A feed on the device, made by all workers, each with its own rows.
+
+        Args:
+            feed: Arrays of this worker on the host, of kind `"slice"`; its
+                `batch_size` and `specs` are those of the whole batch, `parts` is set.
+            team: The workers.
+
+        Raises:
+            UsageError: The rows cannot lie on the devices so.
         """
         ...
 
@@ -414,9 +427,11 @@ def cut(
         window: `window(array, start, size)`, a slice along the first axis.
         map_structure: The framework's `tree.map_structure`.
     """
-    size = feed.batch_size
+    size = feed.rows
     if feed.kind == "whole":
         batch = arrays
+    elif feed.kind == "stack":
+        batch = map_structure(lambda leaf: window(leaf, index, 1)[0], arrays)
     elif feed.kind == "take":
         indices = window(order, index * size, size)
         batch = map_structure(lambda leaf: rows(leaf, indices), arrays)

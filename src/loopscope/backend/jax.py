@@ -133,6 +133,9 @@ class JaxBackend:
         distribution = devices.check(model)
         return step if distribution is None else devices.spread(step, distribution)
 
+    def of_workers(self, feed: Feed, team: Team) -> Feed:
+        return devices.assembled(feed)
+
     def applied(self) -> AbstractContextManager[list[Any]]:
         return nullcontext([])
 

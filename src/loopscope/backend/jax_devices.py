@@ -8,6 +8,7 @@ the work. So what a step computes does not depend on how many devices there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from loopscope.backend.base import Step
+from loopscope.data.feed import Feed
 from loopscope.errors import UsageError
 
 map_structure = keras.tree.map_structure
@@ -193,6 +195,38 @@ def place(array: Any) -> jax.Array:
     return jax.make_array_from_single_device_arrays(local.shape, whole(mesh), copies)
 
 
+def assembled(feed: Feed) -> Feed:
+    """A feed of the whole batches, of which each process gives the rows that it has.
+
+    Raises:
+        UsageError: The rows of a batch cannot be divided so over the devices.
+    """
+    distribution = current()
+    mesh = mesh_of(distribution)
+
+    def on_all(leaf: np.ndarray) -> jax.Array:
+        steps, rest = len(leaf) // feed.rows, leaf.shape[1:]
+        rows = feed.batch_size, *rest
+        layout = distribution.get_data_layout(rows).backend_layout
+        stacked = NamedSharding(mesh, PartitionSpec(None, *layout.spec))
+        leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+        try:
+            return jax.make_array_from_process_local_data(
+                stacked, leaf.reshape(steps, feed.rows, *rest), (steps, *rows)
+            )
+        except ValueError as error:
+            raise UsageError(
+                "Data by worker need batches whose rows are spread evenly over the "
+                f"devices: {feed.rows} rows of each worker over its "
+                f"{len(mesh.local_devices)} device(s), and a mesh whose batch axis "
+                f"goes over the processes in order. Received: {named(distribution)}. "
+                f"JAX says: {error}"
+            ) from error
+
+    arrays = map_structure(on_all, feed.arrays)
+    return replace(feed, kind="stack", arrays=arrays, parts=1)
+
+
 def to_numpy(array: Any) -> np.ndarray:
     """A copy on the host, put together of what this process has of an array.
 
@@ -221,6 +255,7 @@ def to_numpy(array: Any) -> np.ndarray:
 
 __all__ = [
     "adopt",
+    "assembled",
     "check",
     "compiled",
     "current",

@@ -70,9 +70,9 @@ class Workers:
             said += self._said(start[ROUND_BYTES:][:size], size)
         return said[:length]
 
-    def gather(self, digest: bytes) -> list[bytes]:
-        """What each has given, by rank."""
-        row = np.frombuffer(digest, np.uint8)[None]
+    def gather(self, data: bytes) -> list[bytes]:
+        """What each has given, by rank. A program is made for every length."""
+        row = np.frombuffer(data, np.uint8)[None]
         rows = jax.make_array_from_process_local_data(self._each, row)
         return [found.tobytes() for found in np.asarray(self._of_all(rows))]
 

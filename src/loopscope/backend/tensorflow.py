@@ -14,6 +14,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -116,6 +118,9 @@ class TensorFlowBackend:
         strategy = replicas.strategy_of(model)
         return step if strategy is None else replicas.spread(step, strategy)
 
+    def of_workers(self, feed: Feed, team: Team) -> Feed:
+        return replace(feed, arrays=map_structure(self.place, feed.arrays))
+
     def applied(self) -> AbstractContextManager[list[Any]]:
         return replicas.applied()
 
@@ -217,6 +222,12 @@ class TensorFlowBackend:
                 f"Gear {gear.name!r} compiles by XLA, for one device: a step that is "
                 "divided among replicas runs in 'graph', 'fused-graph' or 'eager'."
             )
+        if feed.parts > 1:
+            step = replicas.DIVIDED[step]
+            if trace is not None:
+                own = map_structure(partial(_of_worker, feed.parts), feed.specs)
+                own_trace = self.trace(step, own, lambda: variables)
+                trace = replace(trace, handle=own_trace.handle)
         if trace is None:
             return _stepwise(_cutter(feed, _told(step, variables)))
         if not gear.fused or feed.kind == "whole":
@@ -512,6 +523,12 @@ def _spec(value: Any) -> Any:
     if isinstance(value, (tf.Tensor, tf.TensorSpec)):
         return Spec(tuple(value.shape.as_list()), value.dtype.name)
     return value
+
+
+def _of_worker(parts: int, spec: Spec) -> Spec:
+    """What a worker has of a batch."""
+    rows, *rest = spec.shape
+    return Spec((rows // parts, *rest), spec.dtype) if rows is not None else spec
 
 
 def _captured(concrete: Any, known: Sequence[Any]) -> tuple[Any, ...]:

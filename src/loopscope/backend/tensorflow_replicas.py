@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import keras
 import tensorflow as tf
@@ -50,8 +50,8 @@ class _Part:
 _PART: ContextVar[_Part | None] = ContextVar("part", default=None)
 
 
-DIVIDED = WeakSet[Step]()
-"""Steps that `spread` has made."""
+DIVIDED = WeakKeyDictionary[Step, Step]()
+"""Steps that `spread` has made, each with the one for rows of this worker alone."""
 
 
 KNOWN = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -120,18 +120,36 @@ def spread(step: Step, strategy: Any) -> Step:
     Floating outputs are the mean over all examples, whole numbers the sum, arrays are
     put together. A batch with fewer rows than replicas is not divided.
     """
-    count = strategy.num_replicas_in_sync
+    here = max(1, strategy.extended._num_devices_per_worker)
+    workers = strategy.num_replicas_in_sync // here
+    on_all = _divided(step, strategy, 1)
+    DIVIDED[on_all] = _divided(step, strategy, workers)
+    return on_all
+
+
+def _divided(step: Step, strategy: Any, workers: int) -> Step:
+    """The step for a batch of which each worker has its own rows, equally many.
+
+    With one worker: for a batch that is there as a whole.
+    """
+    count = strategy.num_replicas_in_sync // workers
 
     def on_all(*batch: Any) -> Any:
-        rows = keras.tree.flatten(batch)[0].shape[0]
-        if rows is not None and rows < count:
+        here = keras.tree.flatten(batch)[0].shape[0]
+        rows = here if here is None else here * workers
+        if here is not None and here < count and workers > 1:
+            raise UsageError(
+                f"Expected at least {count} rows of each batch on a worker, one for "
+                f"each of its replicas. Received: {here}"
+            )
+        if here is not None and here < count:
             return step(*batch)
-        parts = [_rows(batch, rows, index, count) for index in range(count)]
+        parts = [_rows(batch, here, index, count, workers) for index in range(count)]
 
         def on_one() -> Any:
             context = tf.distribute.get_replica_context()
             index = int(tf.get_static_value(context.replica_id_in_sync_group))
-            mine, share = parts[index]
+            mine, share = parts[index % count]
             part = _Part(share)
             token = _PART.set(part)
             try:
@@ -145,7 +163,6 @@ def spread(step: Step, strategy: Any) -> Step:
         return map_structure(lambda leaf: _joined(leaf, rows, strategy), outputs)
 
     on_all.__module__ = getattr(step, "__module__", "")
-    DIVIDED.add(on_all)
     return on_all
 
 
@@ -179,16 +196,16 @@ def gradient(tape: Any, loss: Any, variables: Sequence[Any]) -> list[Any]:
 
 
 def _rows(
-    batch: tuple[Tree, ...], rows: int | None, index: int, count: int
+    batch: tuple[Tree, ...], rows: int | None, index: int, count: int, workers: int
 ) -> tuple[tuple[Tree, ...], Any]:
-    """The rows of one replica, and their share."""
+    """The rows of one replica, and their share; `workers` have equally many `rows`."""
     first = keras.tree.flatten(batch)[0]
     whole = rows if rows is not None else tf.shape(first)[0]
     start, stop = whole * index // count, whole * (index + 1) // count
     part = map_structure(lambda leaf: leaf[start:stop], batch)
     if rows is not None:
-        return part, (stop - start) / rows
-    return part, tf.cast(stop - start, "float32") / tf.cast(whole, "float32")
+        return part, (stop - start) / (rows * workers)
+    return part, tf.cast(stop - start, "float32") / tf.cast(whole * workers, "float32")
 
 
 def _joined(leaf: Any, rows: int | None, strategy: Any) -> Any:

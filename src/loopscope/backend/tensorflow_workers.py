@@ -13,8 +13,8 @@ import tensorflow as tf
 from loopscope.cluster import TF_CONFIG, Place, tf_config
 from loopscope.errors import UsageError
 
-SIZE = 1024
-"""Bytes of one message; longer ones are sent in several."""
+SIZE, MUCH = 1024, 2**20
+"""Bytes of one message, and of one for data; longer ones are sent in several."""
 
 LOST = (
     tf.errors.UnavailableError,
@@ -54,8 +54,12 @@ class Workers:
 
             return strategy.experimental_local_results(strategy.run(on_one))[0]
 
-        spec = tf.TensorSpec([SIZE // 4], "int32")
-        self._add = tf.function(add, [spec], autograph=False)
+        self._adds = {
+            size: tf.function(
+                add, [tf.TensorSpec([size // 4], "int32")], autograph=False
+            )
+            for size in (SIZE, MUCH)
+        }
 
     def agree(self, message: bytes) -> bytes:
         """What the chief has given, on every worker: a sum to which others add none."""
@@ -66,23 +70,33 @@ class Workers:
             found += self._sent(given[start : start + SIZE])
         return found[8:size]
 
-    def gather(self, digest: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         """What each has given: a sum to which each adds in a place of its own."""
-        size = len(digest)
+        size = len(data)
+        if size > SIZE:
+            return [self._of(rank, data) for rank in range(self.size)]
         found = b""
         for first in range(0, self.size, SIZE // size):
             here = min(SIZE // size, self.size - first)
             place = self.rank - first
-            mine = digest.rjust((place + 1) * size, b"\0") if 0 <= place < here else b""
+            mine = data.rjust((place + 1) * size, b"\0") if 0 <= place < here else b""
             found += self._added(mine)[: here * size]
         return [found[i * size : (i + 1) * size] for i in range(self.size)]
 
     def _sent(self, part: bytes) -> bytes:
         return self._added(part if self.rank == 0 else b"")
 
-    def _added(self, part: bytes) -> bytes:
-        numbers = np.frombuffer(part.ljust(SIZE, b"\0"), np.int32)
-        found: bytes = self._add(tf.constant(numbers)).numpy().tobytes()
+    def _of(self, rank: int, data: bytes) -> bytes:
+        """What one of them has given, which others know the length of."""
+        found = bytearray()
+        for start in range(0, len(data), MUCH):
+            mine = data[start : start + MUCH] if rank == self.rank else b""
+            found += self._added(mine, MUCH)
+        return bytes(found[: len(data)])
+
+    def _added(self, part: bytes, size: int = SIZE) -> bytes:
+        numbers = np.frombuffer(part.ljust(size, b"\0"), np.int32)
+        found: bytes = self._adds[size](tf.constant(numbers)).numpy().tobytes()
         return found
 
     def lost(self, error: Exception) -> bool:

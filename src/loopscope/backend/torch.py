@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from operator import is_
 from typing import Any
@@ -127,6 +128,9 @@ class TorchBackend:
         workers = joined()
         return step if workers is None else parts.spread(step, workers)
 
+    def of_workers(self, feed: Feed, team: Team) -> Feed:
+        return replace(feed, arrays=map_structure(self.place, feed.arrays))
+
     def applied(self) -> AbstractContextManager[list[Any]]:
         return nullcontext([])
 
@@ -217,6 +221,8 @@ class TorchBackend:
                 "Signals of a step that is divided among workers are not measured. "
                 "Leave `watch` out, or train in one process."
             )
+        if feed.parts > 1:
+            step = parts.DIVIDED[step].own or step
         if trace is None:
             return _eager(step)
         if not watched:

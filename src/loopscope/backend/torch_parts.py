@@ -98,8 +98,32 @@ class _Part:
 _PART: ContextVar[_Part | None] = ContextVar("part", default=None)
 
 
-DIVIDED = WeakKeyDictionary[Step, Workers]()
-"""Steps that `spread` has made, each with the workers among whom it is divided."""
+@dataclass(frozen=True)
+class Divided:
+    """How a step is executed by several workers.
+
+    Attributes:
+        workers: All of them.
+        own: The step for batches of which a worker has its own rows alone; `None` if
+            it is that.
+    """
+
+    workers: Workers
+    own: Step | None
+
+    def bounds(self, batch: tuple[Tree, ...]) -> list[int] | None:
+        """Where each worker's rows begin in a batch, and their end.
+
+        `None` if there are too few to divide them.
+        """
+        rows, count = keras.tree.flatten(batch)[0].shape[0], self.workers.size
+        if self.own is None:
+            return [rows * i for i in range(count + 1)]
+        return [rows * i // count for i in range(count + 1)] if rows >= count else None
+
+
+DIVIDED = WeakKeyDictionary[Step, Divided]()
+"""Steps that `spread` has made."""
 
 
 def spread(step: Step, workers: Workers) -> Step:
@@ -109,13 +133,21 @@ def spread(step: Step, workers: Workers) -> Step:
     a row for each example are put together. A batch with fewer rows than workers is
     not divided: each computes it whole.
     """
+    own = _divided(step, Divided(workers, None))
+    return _divided(step, Divided(workers, own))
+
+
+def _divided(step: Step, how: Divided) -> Step:
+    workers = how.workers
 
     def on_all(*batch: Any) -> Any:
-        bounds = _bounds(batch, workers.size)
+        bounds = how.bounds(batch)
         if bounds is None:
             return step(*batch)
         start, stop = bounds[workers.rank : workers.rank + 2]
-        mine = map_structure(lambda leaf: leaf[start:stop], batch)
+        mine: Any = batch
+        if how.own is not None:
+            mine = map_structure(lambda leaf: leaf[start:stop], batch)
         part = _Part(workers, (stop - start) / bounds[-1])
         token = _PART.set(part)
         try:
@@ -125,7 +157,7 @@ def spread(step: Step, workers: Workers) -> Step:
             _PART.reset(token)
 
     on_all.__module__ = getattr(step, "__module__", "")
-    DIVIDED[on_all] = workers
+    DIVIDED[on_all] = how
     return on_all
 
 
@@ -136,15 +168,15 @@ def running(step: Step, batch: tuple[Tree, ...]) -> Iterator[None]:
     Raises:
         WorkerError: Another worker is gone.
     """
-    workers = DIVIDED.get(step)
-    if workers is None:
+    how = DIVIDED.get(step)
+    if how is None:
         yield
         return
-    with workers.waiting():
-        if _bounds(batch, workers.size) is None:
+    with how.workers.waiting():
+        if how.bounds(batch) is None:
             yield
         else:
-            with _drawing(workers.rank):
+            with _drawing(how.workers.rank):
                 yield
 
 
@@ -162,12 +194,6 @@ def _drawing(rank: int) -> Iterator[None]:
         drawn = not torch.equal(generator.get_state(), own)
     finally:
         generator.set_state(after if drawn else before)
-
-
-def _bounds(batch: tuple[Tree, ...], count: int) -> list[int] | None:
-    """Where each worker's rows begin, and their end; `None` if there are too few."""
-    rows = keras.tree.flatten(batch)[0].shape[0]
-    return [rows * i // count for i in range(count + 1)] if rows >= count else None
 
 
 def _joined(outputs: Tree, part: _Part, bounds: list[int]) -> Tree:

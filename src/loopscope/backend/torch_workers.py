@@ -100,9 +100,9 @@ class Workers:
                 head += self._told(told[HEAD:], length - HEAD)
         return head[8:length]
 
-    def gather(self, digest: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         """What each has given, by rank."""
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         with self.waiting():
             dist.all_gather(found, mine, self.group)

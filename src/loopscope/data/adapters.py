@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,7 +133,7 @@ def adapted(
 
     if not _known(x, y, sample_weight):
         return None
-    with warnings.catch_warnings():
+    with _undivided(), warnings.catch_warnings():
         # Shuffling is the default of `fit`: nobody asked for what is ignored here.
         warnings.filterwarnings("ignore", "`shuffle=True` was passed", UserWarning)
         try:
@@ -151,6 +152,25 @@ def adapted(
         Numbered if type(x).__module__.startswith("grain") and _is_map(x) else Adapted
     )
     return kind(adapter, iterate, x, shuffles=shuffle and can_slice((x, y)))
+
+
+@contextmanager
+def _undivided() -> Iterator[None]:
+    """A block in which Keras's distribution shards no dataset: the loop divides rows.
+
+    Keras would give each process another part of a tf.data dataset, and refuse others.
+    """
+    import keras
+
+    distribution = keras.distribution.distribution()
+    asked = getattr(distribution, "auto_shard_dataset", False)
+    if asked:
+        distribution.auto_shard_dataset = False
+    try:
+        yield
+    finally:
+        if asked:
+            distribution.auto_shard_dataset = True
 
 
 def _is_map(dataset: Any) -> bool:

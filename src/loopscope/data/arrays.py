@@ -168,6 +168,10 @@ class ArraySource:
             segments.append(Segment(tail, 0, 1))
         return ArrayPass(segments)
 
+    def shown(self) -> tuple[Any, ...]:
+        """All of them."""
+        return self.arrays
+
     def sample(self) -> Segment:
         """Some steps of the data for measuring; nothing is used up."""
         data = self._open(0, 0, self._all_steps)

@@ -80,6 +80,7 @@ class Feed:
     Attributes:
         kind: `"take"`: step i is `array[order[i * B : (i + 1) * B]]`.
             `"slice"`: step i is `array[i * B : (i + 1) * B]`.
+            `"stack"`: step i is `array[i]`.
             `"whole"`: the arrays are the batch of the only step.
         arrays: A tuple (x, y, ...) of trees of device arrays; `None` leaves are
             not allowed, a missing y is a shorter tuple.
@@ -87,14 +88,22 @@ class Feed:
         batch_size: B, the rows of one step.
         specs: `arrays` with the `Spec` of one step's batch at each leaf.
         signature: Hashable; feeds of equal signature run on one compiled program.
+        parts: Among how many workers the rows of a step are spread. Where it is more
+            than one, `arrays` hold B // parts rows a step: those of this worker.
     """
 
-    kind: Literal["take", "slice", "whole"]
+    kind: Literal["take", "slice", "stack", "whole"]
     arrays: tuple[Any, ...]
     order: Any | None
     batch_size: int
     specs: tuple[Any, ...]
     signature: tuple[Any, ...]
+    parts: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows of `arrays` a step has."""
+        return self.batch_size // self.parts
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,6 +94,10 @@ class Source(Protocol):
         """The rows of a step's examples in the arrays given, shape `(B,)`."""
         ...
 
+    def shown(self) -> tuple[Any, ...]:
+        """Arrays to check: all, or those of a stream's first steps, as far as here."""
+        ...
+
     def sample(self) -> Segment:
         """Some steps for measuring; nothing is used up."""
         ...
@@ -116,6 +120,7 @@ def as_source(
     class_weight: dict[int, float] | None = None,
     continues: bool = True,
     any_parts: bool = False,
+    place: Callable[[Any], Any] | None = None,
 ) -> Source:
     """A source over whatever `keras.Model.fit` takes as x, y and sample_weight.
 
@@ -132,6 +137,7 @@ def as_source(
         continues: Whether, with `steps_per_epoch`, an epoch goes on where the last
             one stopped.
         any_parts: Whether a batch may have more parts than x, y and sample_weight.
+        place: Brings an array to the device, where not as the backend does it.
 
     Raises:
         DataError: Empty data, unequal lengths, a `batch_size` below 1, an
@@ -161,7 +167,7 @@ def as_source(
             batch_size=batch_size or _batch_size(arrays, steps_per_epoch),
             shuffle=shuffle,
             seed=seed,
-            place=backend.place,
+            place=place or backend.place,
             steps_per_epoch=steps_per_epoch,
         )
     batches: Batches | Iterable[Any] | None = None
@@ -183,7 +189,7 @@ def as_source(
             read = partial(_weighted_batch, plain, weights)
     return StreamSource(
         batches,
-        place=backend.place,
+        place=place or backend.place,
         steps_per_epoch=steps_per_epoch,
         continues=continues,
         loosens=backend.loosens,

@@ -332,6 +332,10 @@ class StreamSource:
             self._specs = self.sample().feed.specs
         return self._specs
 
+    def shown(self) -> tuple[Any, ...]:
+        """Those of the first steps. Waits for them on the first call."""
+        return self.sample().feed.arrays
+
     def sample(self) -> Segment:
         """The first steps, for measuring; they stay where they are."""
         if self._open is None:
@@ -407,7 +411,7 @@ class StreamSource:
     def examples(self, epoch: int, index: int) -> None:
         """None: batches that come have no numbers."""
 
-    def open(self, epoch: int, start: int = 0) -> _EpochOfStream:
+    def open(self, epoch: int, start: int = 0) -> EpochOfStream:
         """The epoch's data: from the start, or from where the last epoch stopped."""
         starting_at = getattr(self._batches, "starting_at", None)
         if start and self.jumps and starting_at is not None:
@@ -420,12 +424,12 @@ class StreamSource:
             )
             assert self._open is not None
             self._taken = start
-            return _EpochOfStream(self._open, self, start)
+            return EpochOfStream(self._open, self, start)
         data = self._opened()
         _drop(data, start)
         return data
 
-    def _opened(self) -> _EpochOfStream:
+    def _opened(self) -> EpochOfStream:
         if self._untouched:
             self._untouched = False
             assert self._open is not None
@@ -438,7 +442,7 @@ class StreamSource:
             self._stop()
             self._start(self._asked or math.inf)
         assert self._open is not None
-        return _EpochOfStream(self._open, self)
+        return EpochOfStream(self._open, self)
 
     def close(self) -> None:
         """End prefetching."""
@@ -520,7 +524,7 @@ class StreamSource:
         self._end_epoch()
 
 
-class _EpochOfStream:
+class EpochOfStream:
     """An epoch of a stream: a pass, or the part of one."""
 
     def __init__(
@@ -529,6 +533,10 @@ class _EpochOfStream:
         self._pass, self._source = current, source
         self._steps = start
         self._ended = False
+
+    def peek(self) -> Segment | None:
+        """What comes next, without taking it; `None` at the end."""
+        return None if self._ended else self._pass.peek()
 
     def take(self, limit: int) -> Segment | None:
         """The next steps, at most `limit`, or `None` at the end."""
@@ -546,7 +554,7 @@ class _EpochOfStream:
         self._source.finish()
 
 
-def _drop(data: _EpochOfStream, steps: int) -> None:
+def _drop(data: EpochOfStream, steps: int) -> None:
     """Read so many steps, and train on none of them."""
     while steps > 0:
         segment = data.take(min(steps, CHUNK_STEPS))
