@@ -323,3 +323,37 @@ def test_auto_begins_with_eager_and_tries_the_graph_where_it_can_pay(monkeypatch
 def test_a_graph_that_is_slower_is_not_taken(monkeypatch):
     order = chosen(monkeypatch, epochs=4_000, graph_s=5e-3)
     assert order == (["eager", "graph"], "eager")
+
+
+def test_a_tensor_is_never_taken_for_an_array(monkeypatch, tmp_path):
+    """On a GPU it is none; Keras alone knows how to bring it to the host."""
+    from keras.src.backend.torch import core
+
+    reading, as_array = [0], torch.Tensor.__array__
+
+    def read(tensor, *rest, **named):
+        if not reading[0]:
+            raise TypeError("the tensor is on another device")
+        return as_array(tensor, *rest, **named)
+
+    def convert(real):
+        def to_numpy(value):
+            reading[0] += 1
+            try:
+                return real(value)
+            finally:
+                reading[0] -= 1
+
+        return to_numpy
+
+    for module in (core, keras.src.backend.torch, keras.src.backend):
+        monkeypatch.setattr(module, "convert_to_numpy", convert(core.convert_to_numpy))
+    monkeypatch.setattr(torch.Tensor, "__array__", read)
+    x, y = blobs(64)
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+    loop = small_loop("eager")
+    loop.fit(batches, validation_data=(x, y), verbose=0, run=tmp_path / "run")
+    assert loop.look(x, y).loss > 0
+    loop.doctor(x, y)
+    loop.evaluate(x, y, verbose=0)
+    loop.predict(x, verbose=0)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loopscope import backend as backends
-from loopscope.data.feed import NativeSpec, Spec
+from loopscope.data.feed import NativeSpec, Spec, on_host
 from loopscope.data.source import Source
 from loopscope.errors import DataError, UsageError
 
@@ -184,7 +184,7 @@ def labels(model: Any, source: Source) -> None:
     if name != "sparse_categorical_crossentropy" or not _is_flat(shape, y):
         return
     assert shape is not None
-    values = np.asarray(y)
+    values = on_host(y)
     ignored = getattr(loss, "ignore_class", None)
     if ignored is not None:
         values = values[values != ignored]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from loopscope.backend.base import Backend
+from loopscope.data.feed import on_host
 
 Initial = dict[int, tuple[tuple[Any, Any], ...]]
 """By the identity of a metric: its variables with their values after a reset."""
@@ -167,5 +168,5 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    array = np.asarray(value)
+    array = on_host(value)
     return float(array) if array.ndim == 0 and array.dtype.kind not in "OSU" else array

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loopscope.data import source
-from loopscope.data.feed import Feed, Native, Segment, Spec, placed
+from loopscope.data.feed import Feed, Native, Segment, Spec, on_host, placed
 from loopscope.data.source import Pass, Source
 from loopscope.data.stream import EpochOfStream, StreamSource
 from loopscope.errors import DataError
@@ -347,7 +347,7 @@ def _leaves(segment: Segment) -> list[np.ndarray]:
             f"Data by worker have to be dense arrays. Received: {segment.feed.specs}"
         )
     if segment.feed.kind == "whole":
-        return [np.asarray(leaf) for leaf in leaves]
+        return [on_host(leaf) for leaf in leaves]
     start = segment.start * segment.feed.rows
     return [leaf[start : start + segment.feed.rows] for leaf in leaves]
 

@@ -90,7 +90,7 @@ class TorchBackend:
         return "torch"
 
     def random_state(self) -> list[Any]:
-        return [GENERATOR]
+        return GENERATORS[: 2 if torch.cuda.is_available() else 1]
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor)
@@ -153,8 +153,8 @@ class TorchBackend:
     def read(self, variable: Any) -> torch.Tensor:
         # Variables are changed in place: a read is a copy, and the same one as long as
         # nothing has changed. Only a write through `.data` would go unnoticed.
-        if variable is GENERATOR:
-            return torch.get_rng_state()
+        if isinstance(variable, Generator):
+            return variable.read()
         if in_stateless_scope():  # While a step is traced.
             return variable.value.detach().clone()
         native = _native(variable)
@@ -166,8 +166,8 @@ class TorchBackend:
         return copy
 
     def assign(self, variable: Any, value: Any) -> None:
-        if variable is GENERATOR:
-            torch.set_rng_state(torch.as_tensor(value, dtype=torch.uint8))
+        if isinstance(variable, Generator):
+            variable.assign(torch.as_tensor(value, dtype=torch.uint8, device="cpu"))
             return
         native = _native(variable)
         with torch.no_grad():
@@ -190,7 +190,7 @@ class TorchBackend:
         values = Values(lambda tensor: fake.from_tensor(tensor, static_shapes=True))
         with tracing(values) as scope, fake:
             for variable in known():
-                if variable is not GENERATOR:
+                if not isinstance(variable, Generator):
                     scope.get_current_value(variable)
             specs = map_structure(_placeholder, batch)
             with readable(), torch.set_grad_enabled(not _is_ours(step)):
@@ -335,22 +335,42 @@ def _floating(tree: Any) -> list[np.ndarray]:
     ]
 
 
-class _Generator:
+class Generator:
     """PyTorch's own generator of random numbers, in the place of a variable.
 
-    Unseeded Dropout draws from it (Keras 3.15).
+    Unseeded Dropout draws from that of its device (Keras 3.15). Its state is a tensor
+    of the CPU wherever the generator is.
+
+    Args:
+        path: As a variable has one.
+        read: Gives the state.
+        assign: Sets it.
     """
 
-    name = path = "torch/generator"
     trainable = False
     dtype = "uint8"
 
+    def __init__(
+        self,
+        path: str,
+        read: Callable[[], torch.Tensor],
+        assign: Callable[[torch.Tensor], None],
+    ) -> None:
+        self.name = self.path = path
+        self.read, self.assign = read, assign
+
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(torch.get_rng_state().shape)
+        return tuple(self.read().shape)
 
 
-GENERATOR = _Generator()
+GENERATORS = [
+    Generator("torch/generator", torch.get_rng_state, torch.set_rng_state),
+    Generator(
+        "torch/cuda_generator", torch.cuda.get_rng_state, torch.cuda.set_rng_state
+    ),
+]
+"""Those of the CPU, and of the GPU that is used, where there is one."""
 
 
 def _native(variable: Any) -> torch.Tensor:
@@ -433,7 +453,7 @@ class _Compiled:
 
     def __init__(self, step: Step, trace: Trace, variables: Sequence[Any]) -> None:
         self._step, self._trace = step, trace
-        self._variables = [v for v in variables if v is not GENERATOR]
+        self._variables = [v for v in variables if not isinstance(v, Generator)]
         self._call: Callable[..., Any] | None = None
         self._natives: list[torch.Tensor] = []
         self._tensors: list[torch.Tensor] = []

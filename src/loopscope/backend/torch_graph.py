@@ -118,7 +118,8 @@ def tracing(values: Values) -> Iterator[_Scope]:
     """A block in which steps see what stands for their variables.
 
     What has no place in a graph is replaced: branches are both computed, generators
-    of random numbers are operations that take a seed.
+    of random numbers are operations that take a seed, and layers that cuDNN has as a
+    whole (an LSTM) are what they consist of.
     """
 
     def zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
@@ -149,7 +150,8 @@ def tracing(values: Values) -> Iterator[_Scope]:
     ]
     real = [(o, name, getattr(o, name)) for o, name, _ in replaced]
     hook = register_optimizer_step_pre_hook(_refuse_torch_optimizer)
-    with scope:
+    # Of convolutions a graph only says that they are; cuDNN computes them later.
+    with scope, torch.backends.cudnn.flags(enabled=False):
         for holder, name, new in replaced:
             setattr(holder, name, new)
         try:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loopscope.data.adapters import Shuffled
-from loopscope.data.feed import Feed, Segment, Spec, dtype_name, placed
+from loopscope.data.feed import Feed, Segment, Spec, dtype_name, on_host, placed
 from loopscope.data.order import permutation
 from loopscope.data.stream import StreamPass, ran_dry
 from loopscope.errors import DataError
@@ -223,7 +223,7 @@ class ArraySource:
         self, turn: int, start: int, stop: int
     ) -> Iterator[tuple[Any, ...]]:
         rows, size = self._order(turn), self.batch_size
-        arrays = self._map(lambda a: np.asarray(a) if _is_tensor(a) else a, self.arrays)
+        arrays = self._map(lambda a: on_host(a) if _is_tensor(a) else a, self.arrays)
         for step in range(start, stop):
             batch = rows[step * size : (step + 1) * size]
             # Sorted reads are kinder to a disk; then back into the drawn order.

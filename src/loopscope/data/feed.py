@@ -67,6 +67,14 @@ def placed(spec: Any, place: Callable[[Any], Any]) -> Any:
     return Spec(spec.shape, dtype_name(place(np.empty(0, spec.dtype))))
 
 
+def on_host(array: Any) -> np.ndarray:
+    """An array for NumPy; a tensor may lie on a device that NumPy cannot read."""
+    import keras
+
+    tensor = keras.ops.is_tensor(array)
+    return np.asarray(keras.ops.convert_to_numpy(array) if tensor else array)
+
+
 def dtype_name(array: Any) -> str:
     """NumPy's name of an array's dtype; PyTorch calls it `torch.float32`."""
     dtype = array.dtype

@@ -30,7 +30,15 @@ from loopscope.data.adapters import (
     random_order,
     shuffles,
 )
-from loopscope.data.feed import Feed, Native, NativeSpec, Segment, Spec, placed
+from loopscope.data.feed import (
+    Feed,
+    Native,
+    NativeSpec,
+    Segment,
+    Spec,
+    on_host,
+    placed,
+)
 from loopscope.errors import DataError
 
 CHUNK_BYTES = 8 * 2**20
@@ -633,7 +641,7 @@ def as_batch(
 
     def leaf_of(value: Any) -> Any:
         found = native(value)
-        return np.asarray(value) if found is None else found
+        return on_host(value) if found is None else found
 
     batch: tuple[Any, ...] = keras.tree.map_structure(leaf_of, parts)
     shapes = [leaf.shape for leaf in keras.tree.flatten(batch)]

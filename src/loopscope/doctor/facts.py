@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from loopscope.data.feed import Feed, Segment
+from loopscope.data.feed import Feed, Segment, on_host
 from loopscope.data.source import Source
 from loopscope.doctor import stateless, surroundings
 from loopscope.doctor.measuring import Pace, growth, next_batches, pace
@@ -322,7 +322,7 @@ class Facts:
         """All labels of the training data, where these are arrays and it has some."""
         arrays: tuple[Any, ...] = getattr(self.source, "arrays", ())
         y = arrays[1] if len(arrays) > 1 else None
-        return np.asarray(y) if getattr(y, "shape", None) else None
+        return on_host(y) if getattr(y, "shape", None) else None
 
     def hashes(self, source: Source | None) -> list[bytes] | None:
         """A digest of each example's first input, where the data are arrays."""
@@ -331,7 +331,7 @@ class Facts:
         arrays = getattr(source, "arrays", None)
         if not arrays:
             return None
-        rows = np.asarray(keras.tree.flatten(arrays[0])[0])
+        rows = on_host(keras.tree.flatten(arrays[0])[0])
         if rows.nbytes > HASHED_BYTES:
             return None
         rows = np.ascontiguousarray(rows)

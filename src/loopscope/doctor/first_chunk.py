@@ -21,7 +21,7 @@ import numpy as np
 
 from loopscope import checks
 from loopscope.backend.base import cut
-from loopscope.data.feed import Segment
+from loopscope.data.feed import Segment, on_host
 from loopscope.data.source import Source
 from loopscope.doctor.checks import ALL, Cheap
 from loopscope.doctor.examine import examine
@@ -229,7 +229,7 @@ class Glance(Facts):
         arrays = (
             shape(self._on_host, feed.arrays)
             if given is None
-            else shape(np.asarray, given)
+            else shape(on_host, given)
         )
         order = None if feed.order is None else self.host(feed.order)
         stop = min(self.segment.stop, self.segment.start + BATCHES)
