@@ -143,6 +143,14 @@ def test_a_picture_can_be_read_by_others(channels):
     np.testing.assert_array_equal(again, shown[0])
 
 
+def test_one_example_of_huge_numbers_leaves_the_others_visible():
+    usual = np.tile(np.linspace(0, 1, 16 * 16, dtype="float32"), (5, 1))
+    usual[3] *= 1000
+    shown = pictures(usual)
+    assert (shown.reshape(5, -1).max(axis=1) == 255).all()
+    assert 100 < shown[0].mean() < 150 < shown[3].mean()
+
+
 def test_pictures_are_shown_worst_first():
     model = keras.Sequential([keras.Input((784,)), layers.Dense(3)])
     step = fresh(lambda gear: small_loop(gear, model=model), FUSED).look(

@@ -11,6 +11,9 @@ import numpy as np
 
 from loopscope.look.stats import as_float
 
+FAR = 4
+"""How many times the usual range an example may span before it is cut off."""
+
 LEAST = 14
 """The least side of a flattened picture: shorter rows are taken for plain numbers."""
 
@@ -20,7 +23,8 @@ def pictures(x: object) -> np.ndarray | None:
 
     Taken for pictures: shapes `(B, h, w)`, `(B, h, w, 1)`, `(B, h, w, 3)`, and rows of
     numbers whose count is a square, as of flattened MNIST. Each batch is scaled from
-    its smallest value to its largest.
+    its smallest value to its largest; where an example reaches `FAR` times as far as
+    half of them do, it is cut off, for it would leave the others black.
 
     Args:
         x: An input of a batch.
@@ -40,10 +44,28 @@ def pictures(x: object) -> np.ndarray | None:
         values = values[..., None]
     if values.ndim != 4 or values.shape[-1] not in (1, 3):
         return None
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    low, high = _range(values)
     scaled = (np.nan_to_num(values, nan=low) - low) / ((high - low) or 1.0)
     return np.asarray(np.clip(255 * scaled, 0, 255).astype(np.uint8))
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """From where to where a batch of pictures is shown."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        return 0.0, 0.0
+    axes = (1, 2, 3)
+    lows = np.where(finite, values, np.inf).min(axis=axes)
+    highs = np.where(finite, values, -np.inf).max(axis=axes)
+    some = np.isfinite(lows)
+    usual_low, usual_high = np.median(lows[some]), np.median(highs[some])
+    reach = FAR * (usual_high - usual_low)
+    low, high = lows[some].min(), highs[some].max()
+    if reach and high > usual_high + reach:
+        high = usual_high
+    if reach and low < usual_low - reach:
+        low = usual_low
+    return float(low), float(high)
 
 
 def png(picture: np.ndarray) -> bytes:
