@@ -82,9 +82,9 @@ clean: ## remove caches and built packages; .venv stays
 	  .pytest_cache .ruff_cache
 	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(DEMO): EXTRAS := tensorflow
+$(DEMO): EXTRAS := tensorflow,view
 $(DEV): EXTRAS := tensorflow,jax,dev
-$(BENCH): EXTRAS := tensorflow,jax,bench
+$(BENCH): EXTRAS := tensorflow,jax,view,bench
 
 $(DEMO) $(DEV) $(BENCH): pyproject.toml | $(BIN)/python
 	@echo "Installing loopscope[$(EXTRAS)] into $(VENV); the first time takes minutes"
