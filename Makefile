@@ -69,7 +69,7 @@ tutorial: $(DEV) ## execute the tutorial's notebooks, in both languages (minutes
 	@$(BIN)/python docs/tutorial/execute.py
 
 site: $(DEV) ## build the site of the docs, strictly, in build/site
-	@$(BIN)/python docs/site.py
+	@$(BIN)/python docs/make_site.py
 
 check: $(DEV) ## check format, lint, types, import rules and docs; build the site
 	@$(BIN)/ruff format --check --quiet --diff .
@@ -77,7 +77,7 @@ check: $(DEV) ## check format, lint, types, import rules and docs; build the sit
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@if [ -e tests/test_docs.py ]; then $(call PYTEST,tensorflow) -q tests/test_docs.py; fi
-	@$(BIN)/python docs/site.py
+	@$(BIN)/python docs/make_site.py
 
 format: $(DEV) ## rewrite the code in the one format, mend what lint can mend
 	@$(BIN)/ruff format .

@@ -1,17 +1,19 @@
 """Makes the site of the documentation, in build/site.
 
-    python docs/site.py
+    python docs/make_site.py
 
 lays out in build/pages what mkdocs.yml reads: the Markdown files of the repository at
-the places that they have in it, so that links between them hold in both; the chapters of
-the tutorial with what their cells have shown, where docs/tutorial/execute.py has executed
-them; and the reference, one section for each public name. Then mkdocs builds it, strictly.
+the places that they have in it, so that links between them hold in both; the chapters
+of the tutorial with what their cells have shown, where docs/tutorial/execute.py has
+executed them; and the reference, one section for each public name. Then mkdocs builds
+it, strictly.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -137,8 +139,10 @@ def _plotly() -> Path:
 def main() -> int:
     """Lay the pages out and build the site; mkdocs's exit code."""
     lay_out()
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    # The theme would advertise another program in place of mkdocs.
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
