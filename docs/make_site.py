@@ -76,13 +76,16 @@ def fill_in(chapter: Path, executed: Any) -> None:
     if sources[0] != sources[1]:
         print(f"{chapter.stem}: executed before it was last changed; left without")
         return
-    parts = ['<script src="../../../' + PLOTLY + '"></script>']
+    parts: list[str] = []
     for number, cell in enumerate(executed.cells):
         if cell.cell_type != "code":
             parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
         parts += outputs(cell.outputs, f"{chapter.stem}-{number}")
+    drawn = [i for i, part in enumerate(parts) if "Plotly.newPlot" in part]
+    if drawn:
+        parts.insert(drawn[0], f'<script src="../../../{PLOTLY}"></script>')
     chapter.write_text("\n\n".join(parts) + "\n", "utf-8")
 
 

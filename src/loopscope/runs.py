@@ -76,10 +76,11 @@ class Run:
         return reading.curve(self._folder, name, points)
 
     def plot(self, *names: str, points: int = 1000) -> Any:
-        """Curves of its steps, and the metrics of its epochs, as a plotly figure.
+        """Curves of its steps and the metrics of its epochs, as a plotly figure.
 
         Args:
-            *names: Of outputs of a step; all, if none is named.
+            *names: Of outputs of a step (`"loss"`) and of metrics (`"accuracy"`, with
+                `"val_accuracy"` beside it); all, if none is named.
             points: At most so many a curve; each is a mean, with the least and the
                 greatest value around it.
 
@@ -87,12 +88,19 @@ class Run:
             A `plotly.graph_objects.Figure`.
 
         Raises:
-            RunError: The run records no such output.
+            RunError: The run records nothing of such a name.
             ExtraError: plotly is not installed.
         """
-        shown = names or tuple(name for name in self.steps if name != "step")
-        curves = {name: self.curve(name, points) for name in shown}
-        return plots.run(str(self.path), curves, self.epochs)
+        outputs = [name for name in self.steps if name != "step"]
+        epochs = self.epochs
+        shown = names or (*outputs, *plots.metrics(epochs, but=outputs))
+        known = plots.metrics(epochs)
+        curves = {
+            name: self.curve(name, points)
+            for name in shown
+            if name in outputs or name not in known
+        }
+        return plots.run(str(self.path), shown, curves, epochs)
 
     def _repr_html_(self) -> str:
         steps = self.steps

@@ -102,6 +102,12 @@ def test_few_points_of_a_run_lie_between_the_least_and_the_greatest(run):
     assert (mean.y <= high.y).all()
 
 
+def test_a_run_plots_what_is_named(run):
+    figure = run.plot("accuracy")
+    names = ["accuracy, by epoch", "val_accuracy, by epoch"]
+    assert [trace.name for trace in figure.data] == names
+
+
 def test_a_run_cannot_plot_what_it_has_not_recorded(run):
     with pytest.raises(UsageError, match="records no 'nothing'"):
         run.plot("nothing")

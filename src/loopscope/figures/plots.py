@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,29 @@ Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Steps, and the mean, least and greatest value at each point."""
 
 
+def metrics(
+    epochs: Sequence[Mapping[str, Any]], *, but: Collection[str] = ()
+) -> list[str]:
+    """The names of the metrics of epochs, those of validation without their `val_`."""
+    names = [n for row in epochs for n in row if n not in NOT_METRICS]
+    kinds = dict.fromkeys(n.removeprefix("val_") for n in names)
+    return [name for name in kinds if name not in but]
+
+
 def run(
-    title: str, curves: Mapping[str, Curve], epochs: Sequence[Mapping[str, Any]]
+    title: str,
+    panels: Sequence[str],
+    curves: Mapping[str, Curve],
+    epochs: Sequence[Mapping[str, Any]],
 ) -> Any:
-    """A run: what each step returned, and below it the metrics of its epochs.
+    """A run: what each step returned, and the metrics of its epochs.
 
     Args:
         title: Of the figure.
+        panels: What is shown, from top to bottom.
         curves: By name of an output.
         epochs: Of `Run.epochs`.
     """
-    names = [n for row in epochs for n in row if n not in NOT_METRICS]
-    kinds = list(dict.fromkeys(n.removeprefix("val_") for n in names))
-    panels = [*curves, *(n for n in kinds if n not in curves)]
     go, figure = _panels(panels)
     # An epoch's metric is that of all its steps: it stands where the last one does.
     ends = [row["first_step"] + row["steps"] - 1 for row in epochs]
@@ -50,7 +60,7 @@ def run(
                 )
                 figure.add_trace(trace, row=place, col=1)
     figure.update_xaxes(title="step", row=len(panels), col=1)
-    return _laid_out(figure, title, 240 * len(panels) + 120)
+    return _laid_out(figure, title, 240 * len(panels) + 140)
 
 
 def gears(reports: Sequence[Mapping[str, Any]]) -> Any:
