@@ -65,7 +65,7 @@ doctor-results: $(DEV) ## plant every bug, and write docs/doctor-results.md
 	  build/doctor-jax.json > docs/doctor-results.md
 
 # The site shows what the cells of the tutorial gave when this was last run.
-tutorial: $(DEV) ## execute the tutorial's notebooks, in both languages (minutes)
+tutorial: $(DEV) ## execute the notebooks of the tutorial, for the site (minutes)
 	@$(BIN)/python docs/tutorial/execute.py
 
 site: $(DEV) ## build the site of the docs, strictly, in build/site

@@ -59,7 +59,7 @@ def lay_out() -> None:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place)
     for chapter in sorted((PAGES / "docs" / "tutorial").glob("*/[0-9]*.md")):
-        executed = EXECUTED / chapter.parent.name / f"{chapter.stem}.ipynb"
+        executed = EXECUTED / f"{chapter.stem}.ipynb"
         if executed.exists():
             fill_in(chapter, nbformat.read(executed, as_version=4))
     (PAGES / "reference.md").write_text(reference(), "utf-8")
@@ -69,20 +69,21 @@ def lay_out() -> None:
 def fill_in(chapter: Path, executed: Any) -> None:
     """Write what the cells of a chapter have shown below each of them.
 
-    Nothing is filled in where its code is not what was executed.
+    The cells of both languages are the same, so what was executed in one of them is
+    filled in in both; nothing where a cell is not what was executed.
     """
-    book = jupytext.read(chapter, fmt="md")
-    sources = [[c.source for c in b.cells] for b in (book, executed)]
-    if sources[0] != sources[1]:
+    cells = jupytext.read(chapter, fmt="md").cells
+    ran = [cell for cell in executed.cells if cell.cell_type == "code"]
+    if [c.source for c in cells if c.cell_type == "code"] != [c.source for c in ran]:
         print(f"{chapter.stem}: executed before it was last changed; left without")
         return
-    parts: list[str] = []
-    for number, cell in enumerate(executed.cells):
+    shown, parts = iter(ran), []
+    for number, cell in enumerate(cells):
         if cell.cell_type != "code":
             parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
-        parts += outputs(cell.outputs, f"{chapter.stem}-{number}")
+        parts += outputs(next(shown).outputs, f"{chapter.stem}-{number}")
     drawn = [i for i, part in enumerate(parts) if "Plotly.newPlot" in part]
     if drawn:
         parts.insert(drawn[0], f'<script src="../../../{PLOTLY}"></script>')

@@ -1,10 +1,11 @@
 """Executes the chapters of the tutorial, which are notebooks in Markdown.
 
-    python docs/tutorial/execute.py [en|ko ...]
+    python docs/tutorial/execute.py [NAME ...]
 
-writes each of them, with its outputs, to build/tutorial/LANGUAGE/NAME.ipynb. A block
-of code marked as python is a cell, everything else is text. jupytext reads it so, and
-Jupyter opens it as a notebook where jupytext is installed.
+runs the English ones, or those that are named (05-spike), and writes each with its outputs
+to build/tutorial/NAME.ipynb. The Korean ones have the same cells. A block of code marked
+as python is a cell, everything else is text. jupytext reads it so, and Jupyter opens it
+as a notebook where jupytext is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 BUILT = HERE.parents[1] / "build" / "tutorial"
-LANGUAGES = ("en", "ko")
 
 CELL_S = 580
 """The longest a cell may take: some wait for other processes, on a busy machine."""
@@ -68,17 +68,17 @@ def execute(chapter: Path, folder: Path) -> Any:
     return book
 
 
-def main(languages: list[str]) -> None:
-    """Execute every chapter of some languages, or of all."""
-    for language in languages or LANGUAGES:
-        for chapter in chapters(language):
-            began = time.perf_counter()
-            with tempfile.TemporaryDirectory() as folder:
-                book = execute(chapter, Path(folder))
-            built = BUILT / language / f"{chapter.stem}.ipynb"
-            built.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(book, built)
-            print(f"{language}/{chapter.stem}: {time.perf_counter() - began:.0f} s")
+def main(names: list[str]) -> None:
+    """Execute some chapters, or all."""
+    for chapter in chapters("en"):
+        if names and chapter.stem not in names:
+            continue
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            book = execute(chapter, Path(folder))
+        BUILT.mkdir(parents=True, exist_ok=True)
+        nbformat.write(book, BUILT / f"{chapter.stem}.ipynb")
+        print(f"{chapter.stem}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
