@@ -12,6 +12,7 @@ it, strictly.
 from __future__ import annotations
 
 import html
+import inspect
 import json
 import os
 import re
@@ -40,6 +41,22 @@ COPIED = (
 )
 """What the pages are, and what they link to."""
 
+GIVEN = (
+    "loopscope.epoch.Epoch",
+    "loopscope.epoch.StepReport",
+    "loopscope.compare.Comparison",
+    "loopscope.compare.GearReport",
+    "loopscope.estimate.Estimate",
+    "loopscope.doctor.examine.Examination",
+    "loopscope.doctor.finding.Finding",
+    "loopscope.look.opened.OpenedStep",
+    "loopscope.runs.Run",
+    "loopscope.replay.Rewound",
+    "loopscope.look.why.Why",
+    "loopscope.errors",
+)
+"""What methods of the public names return, or raise."""
+
 PLOTLY = "plotly.min.js"
 
 NOISE = re.compile(r"^(?:WARNING: All log messages before|[IWE]\d{4} ).*\n?", re.M)
@@ -63,6 +80,7 @@ def lay_out() -> None:
         if executed.exists():
             fill_in(chapter, nbformat.read(executed, as_version=4))
     (PAGES / "reference.md").write_text(reference(), "utf-8")
+    (PAGES / "records.md").write_text(records(), "utf-8")
     shutil.copyfile(_plotly(), PAGES / PLOTLY)
 
 
@@ -122,11 +140,35 @@ def reference() -> str:
     """The page of all public names, from their docstrings."""
     import loopscope
 
-    lines = ["# Reference", "", "Every public name, with what its docstring says.", ""]
+    parts = ["# Reference", "Every public name, with what its docstring says."]
     for name in loopscope.__all__:
         home = loopscope._HOME[name] or "loopscope"
-        lines += [f"## {name}", "", f"::: {home}.{name}", ""]
-    return "\n".join(lines)
+        parts += [f"## {name}", f"::: {home}.{name}"]
+        # What a class takes in from another module is no member of it to griffe.
+        for taken in _taken_in(getattr(loopscope, name)):
+            path = f"{taken.__module__}.{taken.__name__}"
+            parts += [f"### {taken.__name__}", f"::: {path}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def records() -> str:
+    """The page of what methods of the public names return or raise."""
+    parts = ["# Records", "What methods return, and the errors they raise."]
+    for path in GIVEN:
+        parts += [f"## {path.rpartition('.')[2]}", f"::: {path}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _taken_in(owner: Any) -> list[Any]:
+    """The public methods of a class that are functions of another module."""
+    members = vars(owner).items() if inspect.isclass(owner) else ()
+    return [
+        member
+        for name, member in members
+        if inspect.isfunction(member)
+        and not name.startswith("_")
+        and member.__module__ != owner.__module__
+    ]
 
 
 def _kept(text: str) -> str:

@@ -2,10 +2,10 @@
 
     python docs/tutorial/execute.py [NAME ...]
 
-runs the English ones, or those that are named (05-spike), and writes each with its outputs
-to build/tutorial/NAME.ipynb. The Korean ones have the same cells. A block of code marked
-as python is a cell, everything else is text. jupytext reads it so, and Jupyter opens it
-as a notebook where jupytext is installed.
+runs the English ones, or those that are named (05-spike), and writes each with its
+outputs to build/tutorial/NAME.ipynb. The Korean ones have the same cells. A block of
+code marked as python is a cell, everything else is text. jupytext reads it so, and
+Jupyter opens it as a notebook where jupytext is installed.
 """
 
 from __future__ import annotations
