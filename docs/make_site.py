@@ -62,7 +62,7 @@ PLOTLY = "plotly.min.js"
 NOISE = re.compile(r"^(?:WARNING: All log messages before|[IWE]\d{4} ).*\n?", re.M)
 """What TensorFlow says of itself before it can be told not to."""
 
-PLACES = re.compile(r"\S*/(?=site-packages/|ipykernel_\d)|\S*(?=/src/loopscope/)")
+PLACES = re.compile(r"\S*/(?=site-packages/|ipykernel_\d)|\S*/(?=src/loopscope/)")
 """Where the machine keeps its files."""
 
 

@@ -79,8 +79,9 @@ class Run:
         """Curves of its steps and the metrics of its epochs, as a plotly figure.
 
         Args:
-            *names: Of outputs of a step (`"loss"`) and of metrics (`"accuracy"`, with
-                `"val_accuracy"` beside it); all, if none is named.
+            *names: Of outputs of a step (`"loss"`), of metrics (`"accuracy"`, with
+                `"val_accuracy"` beside it) and of signals; if none is named, all but
+                signals.
             points: At most so many a curve; each is a mean, with the least and the
                 greatest value around it.
 
@@ -94,12 +95,14 @@ class Run:
         outputs = [name for name in self.steps if name != "step"]
         epochs = self.epochs
         shown = names or (*outputs, *plots.metrics(epochs, but=outputs))
-        known = plots.metrics(epochs)
-        curves = {
-            name: self.curve(name, points)
-            for name in shown
-            if name in outputs or name not in known
-        }
+        known, signals = plots.metrics(epochs), self.signals if names else {}
+        curves = {}
+        for name in shown:
+            if name in signals:
+                values = signals[name]
+                curves[name] = (signals["step"], values, values, values)
+            elif name in outputs or name not in known:
+                curves[name] = self.curve(name, points)
         return plots.run(str(self.path), shown, curves, epochs)
 
     def _repr_html_(self) -> str:

@@ -108,6 +108,17 @@ def test_a_run_plots_what_is_named(run):
     assert [trace.name for trace in figure.data] == names
 
 
+def test_a_watched_run_plots_its_signals(tmp_path):
+    made = experiment()
+    made.loop.watch = 4
+    made.fit(run=tmp_path / "run", verbose=0)
+    watched = loopscope.open_run(tmp_path / "run")
+    name = next(n for n in watched.signals if n.startswith("gradient_norm/"))
+    (trace,) = watched.plot(name).data
+    assert list(trace.x) == [0, 4, 8, 12, 16, 20]
+    np.testing.assert_array_equal(trace.y, watched.signals[name])
+
+
 def test_a_run_cannot_plot_what_it_has_not_recorded(run):
     with pytest.raises(UsageError, match="records no 'nothing'"):
         run.plot("nothing")
@@ -209,6 +220,7 @@ def test_gears_show_themselves_as_a_table():
     assert HOSTILE in text
 
 
+@pytest.mark.slow
 def test_comparing_a_loop_gives_what_can_be_shown():
     compared = fresh(small_loop, FUSED).compare(X, Y, batch_size=8)
     assert [r["gear"] for r in compared.as_dicts()] == [r.gear for r in compared]
