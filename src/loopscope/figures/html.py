@@ -90,7 +90,8 @@ def findings(found: Sequence[Mapping[str, Any]], *, checks: int | None = None) -
         checks: How many were made, to say so where nothing was found.
     """
     if not found:
-        return fragment(f"<p>{checks or 0} checks, nothing found</p>")
+        made = "1 check" if checks == 1 else f"{checks or 0} checks"
+        return fragment(f"<p>{made}, nothing found</p>")
     return fragment(*(_finding(f) for f in found))
 
 
