@@ -17,7 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What one target starts may run side by side; targets do not.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow crash-test compatibility doctor-results check format bench clean
+.PHONY: help demo test test-slow crash-test compatibility doctor-results tutorial site \
+  check format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -63,12 +64,20 @@ doctor-results: $(DEV) ## plant every bug, and write docs/doctor-results.md
 	@$(BIN)/python tests/doctor/results.py page build/doctor-tensorflow.json \
 	  build/doctor-jax.json > docs/doctor-results.md
 
-check: $(DEV) ## check format, lint, types, import rules and docs; changes nothing
+# The site shows what the cells of the tutorial gave when this was last run.
+tutorial: $(DEV) ## execute the notebooks of the tutorial, for the site (minutes)
+	@$(BIN)/python docs/tutorial/execute.py
+
+site: $(DEV) ## build the site of the docs, strictly, in build/site
+	@$(BIN)/python docs/make_site.py
+
+check: $(DEV) ## check format, lint, types, import rules and docs; build the site
 	@$(BIN)/ruff format --check --quiet --diff .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@if [ -e tests/test_docs.py ]; then $(call PYTEST,tensorflow) -q tests/test_docs.py; fi
+	@$(BIN)/python docs/make_site.py
 
 format: $(DEV) ## rewrite the code in the one format, mend what lint can mend
 	@$(BIN)/ruff format .
@@ -82,9 +91,9 @@ clean: ## remove caches and built packages; .venv stays
 	  .pytest_cache .ruff_cache
 	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(DEMO): EXTRAS := tensorflow
+$(DEMO): EXTRAS := tensorflow,view
 $(DEV): EXTRAS := tensorflow,jax,dev
-$(BENCH): EXTRAS := tensorflow,jax,bench
+$(BENCH): EXTRAS := tensorflow,jax,view,bench
 
 $(DEMO) $(DEV) $(BENCH): pyproject.toml | $(BIN)/python
 	@echo "Installing loopscope[$(EXTRAS)] into $(VENV); the first time takes minutes"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loopscope.runs import open_run
     from loopscope.sharded import Sharded
     from loopscope.step import value_and_grad
+    from loopscope.view.progress import progress
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOME = {
     "join": "loopscope.backend",
     "open_run": "loopscope.runs",
     "predict": "loopscope.drop_in",
+    "progress": "loopscope.view.progress",
     "value_and_grad": "loopscope.step",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "join",
     "open_run",
     "predict",
+    "progress",
     "value_and_grad",
 ]
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from loopscope.data.feed import Segment
 from loopscope.data.source import Source
+from loopscope.figures import html, plots
 from loopscope.gear import EAGER, GEARS, Gear
 from loopscope.runner import Runner
 
@@ -53,6 +54,25 @@ class GearReport:
         return asdict(self)
 
 
+class Comparison(list[GearReport]):
+    """Every gear there is, side by side: a list of reports that can be shown."""
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """As plain data."""
+        return [report.as_dict() for report in self]
+
+    def plot(self) -> Any:
+        """Time per step, and from which step on compiling has paid, with plotly.
+
+        Raises:
+            ExtraError: plotly is not installed.
+        """
+        return plots.gears(self.as_dicts())
+
+    def _repr_html_(self) -> str:
+        return html.gears(self.as_dicts())
+
+
 @dataclass(frozen=True)
 class Moment:
     """What one step has brought: its outputs, and every variable after it."""
@@ -68,7 +88,7 @@ def compare(
     *,
     chosen: Gear | None,
     progress: Callable[[str], None] = lambda gear: None,
-) -> list[GearReport]:
+) -> Comparison:
     """Every gear there is, measured on a loop's train step. The state stays.
 
     Args:
@@ -105,10 +125,10 @@ def compare(
         runner.state.restore(before)
     names = ", ".join(g.name for g in runner.backend.gears)
     missing = f"the {runner.backend.name} backend has: {names}"
-    return [
+    return Comparison(
         reports.get(name) or GearReport(name, available=False, reason=missing)
         for name in GEARS
-    ]
+    )
 
 
 def one_step(runner: Runner, gear: Gear, segment: Segment) -> Moment:

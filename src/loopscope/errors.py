@@ -9,6 +9,7 @@
     │   └── RunError                     a run folder that cannot be used so
     ├── TraceError                       a step of which there is no graph
     ├── WorkerError                      another worker of a training is gone
+    ├── ExtraError (also an ImportError)  a package of an extra that is not installed
     └── BackendError (also an ImportError)  a backend that is missing or unknown
 
 An exception of the user's own (in a source, a step, a callback) is never
@@ -67,6 +68,10 @@ class WorkerError(LoopscopeError):
 
 class BackendError(LoopscopeError, ImportError):
     """The Keras backend is missing, or has no room under `backend/`."""
+
+
+class ExtraError(LoopscopeError, ImportError):
+    """A package that only an extra of loopscope installs is missing."""
 
 
 class DoctorWarning(UserWarning):

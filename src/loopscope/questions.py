@@ -54,7 +54,7 @@ def compare(
     *,
     batch_size: int | None = None,
     progress: Callable[[str], None] = lambda gear: None,
-) -> list[comparing.GearReport]:
+) -> comparing.Comparison:
     """Measure every gear on this loop's train step. The loop stays as it is.
 
     Costs about a second a gear, and compiling it (seconds; a fused loop of
@@ -68,8 +68,8 @@ def compare(
         progress: Told the name of each gear before it is measured.
 
     Returns:
-        A `GearReport` for every gear there is, those that the backend lacks
-        included.
+        A list with a `GearReport` for every gear there is, those that the backend
+        lacks included. A notebook shows it as a table, `plot()` as a figure.
     """
     source = self.source(x, y, sample_weight, batch_size=batch_size)
     chosen = self.prepare("train", source)

@@ -21,6 +21,7 @@ from loopscope.compare import Moment
 from loopscope.errors import RunError, UsageError
 from loopscope.events import ChunkBegin, ChunkEnd, Event
 from loopscope.experiment import Experiment
+from loopscope.figures import html
 from loopscope.gear import resolve
 from loopscope.look.alternatives import Alternative
 from loopscope.look.opened import OpenedStep
@@ -133,6 +134,24 @@ class Rewound:
     def loss_replayed(self) -> float | None:
         """The loss of now."""
         return loss_of(self.outputs)
+
+    def plot(self) -> Any:
+        """The step, opened up, as a plotly figure.
+
+        Raises:
+            UsageError: It was not opened up.
+            ExtraError: plotly is not installed.
+        """
+        if self.look is None:
+            raise UsageError(
+                f"Step {self.step} was run again, but not opened up. "
+                "Expected `run.rewind(step)` with look=True, its default."
+            )
+        return self.look.plot()
+
+    def _repr_html_(self) -> str:
+        shown = html.rewound(self.as_dict())
+        return shown if self.look is None else shown + self.look._repr_html_()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the states, as plain data."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from loopscope.errors import RunError, UsageError
 from loopscope.experiment import BUILT_IN, Experiment, load
+from loopscope.figures import html, plots
 from loopscope.look.diff import StepDifference, between, difference, of_moment
 from loopscope.look.opened import OpenedStep
 from loopscope.look.why import Why
@@ -73,6 +74,41 @@ class Run:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """A step's output in at most `points` points: step, mean, least, greatest."""
         return reading.curve(self._folder, name, points)
+
+    def plot(self, *names: str, points: int = 1000) -> Any:
+        """Curves of its steps and the metrics of its epochs, as a plotly figure.
+
+        Args:
+            *names: Of outputs of a step (`"loss"`), of metrics (`"accuracy"`, with
+                `"val_accuracy"` beside it) and of signals; if none is named, all but
+                signals.
+            points: At most so many a curve; each is a mean, with the least and the
+                greatest value around it.
+
+        Returns:
+            A `plotly.graph_objects.Figure`.
+
+        Raises:
+            RunError: The run records nothing of such a name.
+            ExtraError: plotly is not installed.
+        """
+        outputs = [name for name in self.steps if name != "step"]
+        epochs = self.epochs
+        shown = names or (*outputs, *plots.metrics(epochs, but=outputs))
+        known, signals = plots.metrics(epochs), self.signals if names else {}
+        curves = {}
+        for name in shown:
+            if name in signals:
+                values = signals[name]
+                curves[name] = (signals["step"], values, values, values)
+            elif name in outputs or name not in known:
+                curves[name] = self.curve(name, points)
+        return plots.run(str(self.path), shown, curves, epochs)
+
+    def _repr_html_(self) -> str:
+        steps = self.steps
+        curve = self.curve("loss", 240)[:2] if "loss" in steps else None
+        return html.run(self.summary.as_dict(), self.epochs, curve)
 
     def rewind(self, step: int, *, look: bool = True) -> Rewound:
         """Run a past step again, from the nearest checkpoint before it; open it up.

@@ -11,6 +11,7 @@ from loopscope.doctor.checks import ALL, LAST
 from loopscope.doctor.facts import Facts
 from loopscope.doctor.finding import Finding
 from loopscope.errors import UsageError
+from loopscope.figures import html
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Examination:
             "seconds": dict(self.seconds),
             "failed": dict(self.failed),
         }
+
+    def _repr_html_(self) -> str:
+        shown = html.findings(
+            [f.as_dict() for f in self.findings], checks=len(self.seconds)
+        )
+        return shown + html.failed(self.failed)
 
     def __str__(self) -> str:
         """Every finding."""

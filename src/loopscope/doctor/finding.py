@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from loopscope.figures import html
+
 Severity = Literal["error", "warning"]
 
 
@@ -38,6 +40,9 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         return {**asdict(self), "measured": dict(self.measured), "link": self.link}
+
+    def _repr_html_(self) -> str:
+        return html.findings([self.as_dict()])
 
     def __str__(self) -> str:
         """On some lines."""

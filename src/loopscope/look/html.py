@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loopscope.figures.html import fragment as shown_as
+from loopscope.figures.html import short, table
 from loopscope.look.pictures import data_uri, pictures
 
 if TYPE_CHECKING:
@@ -15,20 +17,6 @@ if TYPE_CHECKING:
 
 SHOWN = 16
 """How many examples are shown, the worst first."""
-
-STYLE = """
-.loopscope { font: 14px/1.45 system-ui, sans-serif; color-scheme: light dark; }
-.loopscope table { border-collapse: collapse; margin: .3em 0 1em; }
-.loopscope th, .loopscope td { padding: .15em .7em .15em 0; text-align: right; }
-.loopscope th { font-weight: 600; border-bottom: 1px solid #8886; }
-.loopscope th:first-child, .loopscope td:first-child { text-align: left; }
-.loopscope .examples { display: flex; flex-wrap: wrap; gap: .6em; }
-.loopscope figure { margin: 0; width: 7.5em; font-size: 12px; }
-.loopscope img { width: 5em; height: 5em; image-rendering: pixelated; }
-.loopscope .bad { color: #c22; font-weight: 600; }
-.loopscope .bar { fill: #48a; }
-.loopscope summary { cursor: pointer; font-weight: 600; }
-"""
 
 
 def page(step: OpenedStep) -> str:
@@ -47,13 +35,12 @@ def fragment(step: OpenedStep) -> str:
     )
     missing = "".join(f"<li>{escape(m)}</li>" for m in step.missing)
     parts = [
-        f"<style>{STYLE}</style>",
         f"<h2>Step {step.step}</h2>",
         f"<p>{escape(_losses(step))}</p>",
         bad,
         _examples(step),
         "<h3>Layers</h3>",
-        _table(
+        table(
             ("layer", "shape", "mean", "std", "min", "max", "zeros", "gradient"),
             (
                 (
@@ -61,7 +48,7 @@ def fragment(step: OpenedStep) -> str:
                     "x".join(map(str, o.shape)),
                     *_some(o.stats, "mean", "std", "min", "max"),
                     "" if o.stats is None else f"{o.stats.zeros:.0%}",
-                    "" if o.gradient_norm is None else _short(o.gradient_norm),
+                    "" if o.gradient_norm is None else short(o.gradient_norm),
                 )
                 for o in step.layers
             ),
@@ -69,7 +56,7 @@ def fragment(step: OpenedStep) -> str:
         "<h3>Gradients and updates</h3>",
         _updates(step),
         "<h3>Time, executed eagerly</h3>",
-        _table(
+        table(
             ("phase", "ms"), ((name, f"{ms:.2f}") for name, ms in step.phases.items())
         ),
         _changes("Optimizer", step.optimizer),
@@ -78,15 +65,15 @@ def fragment(step: OpenedStep) -> str:
         _changes("Other variables", step.others),
         f"<h3>Not seen</h3><ul>{missing}</ul>" if missing else "",
     ]
-    return f'<div class="loopscope">{"".join(parts)}</div>'
+    return shown_as(*parts)
 
 
 def _losses(step: OpenedStep) -> str:
     parts = ", ".join(f"{n} {v:.6g}" for n, v in step.losses.items())
-    line = f"loss {_short(step.loss)}" + (f" ({parts})" if parts else "")
+    line = f"loss {short(step.loss)}" + (f" ({parts})" if parts else "")
     if step.loss_difference is not None:
         line += (
-            f"; recorded {_short(step.loss_recorded)} in gear {step.gear}, relative "
+            f"; recorded {short(step.loss_recorded)} in gear {step.gear}, relative "
             f"difference {step.loss_difference:.1e}"
         )
     if step.learning_rate is not None:
@@ -127,14 +114,14 @@ def _updates(step: OpenedStep) -> str:
         rows.append(
             (
                 escape(g.path),
-                "none" if g.stats is None else _short(g.stats.norm),
+                "none" if g.stats is None else short(g.stats.norm),
                 "" if g.stats is None else f"{g.stats.zeros:.0%}",
                 _bars(g.histogram()[0]),
-                "" if u is None else _short(u.norm),
-                "" if u is None or u.ratio is None else _short(u.ratio),
+                "" if u is None else short(u.norm),
+                "" if u is None or u.ratio is None else short(u.ratio),
             )
         )
-    return _table(
+    return table(
         ("variable", "gradient", "zeros", "histogram", "update", "update / weight"),
         rows,
         escaped=True,
@@ -159,34 +146,17 @@ def _changes(title: str, changes: Mapping[str, Change]) -> str:
         (path, _value(change.before), _value(change.after))
         for path, change in changes.items()
     )
-    table = _table(("variable", "before", "after"), rows)
-    return f"<details><summary>{title} ({len(changes)})</summary>{table}</details>"
+    shown = table(("variable", "before", "after"), rows)
+    return f"<details><summary>{title} ({len(changes)})</summary>{shown}</details>"
 
 
 def _value(array: np.ndarray) -> str:
     if array.size <= 4:
         return " ".join(str(v) for v in array.ravel().tolist())
-    return f"norm {_short(float(np.linalg.norm(array.astype(np.float64))))}"
+    return f"norm {short(float(np.linalg.norm(array.astype(np.float64))))}"
 
 
 def _some(stats: Any, *names: str) -> list[str]:
     if stats is None:
         return [""] * len(names)
-    return [_short(getattr(stats, name)) for name in names]
-
-
-def _short(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"
-
-
-def _table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, escaped: bool = False
-) -> str:
-    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{c if escaped else escape(c)}</td>" for c in row)
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return [short(getattr(stats, name)) for name in names]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from loopscope.figures import plots
 from loopscope.look import file, html
 from loopscope.look.stats import Stats, histogram, norm
 from loopscope.step import loss_of
@@ -241,8 +242,27 @@ class OpenedStep:
         """
         file.save(self, Path(path))
 
+    def plot(self) -> Any:
+        """The loss of each example, gradients and updates, as a plotly figure.
+
+        Raises:
+            ExtraError: plotly is not installed.
+        """
+        return plots.step({**self.as_dict(), "step": self.step, "hover": self._said()})
+
     def _repr_html_(self) -> str:
         return html.fragment(self)
+
+    def _said(self) -> list[str]:
+        """What there is to say of each example beside its loss."""
+        loss = self.loss_per_example
+        rows = [] if loss is None else list(range(len(loss)))
+        if self.examples is not None:
+            rows = self.examples.tolist()
+        return [
+            f"example {row}, label {self.label(i)}, taken for {self.predicted(i)}"
+            for i, row in enumerate(rows)
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """In numbers, without arrays but the loss of each example."""

@@ -91,6 +91,9 @@ class Why:
     later: Sequence[Alternative]
     look: OpenedStep
 
+    def __str__(self) -> str:
+        return "\n".join(self.story())
+
     def story(self) -> list[str]:
         """In sentences."""
         return list(_story(self))
