@@ -54,13 +54,13 @@ def value_and_grad(
 
 def train_step(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
     """One optimizer update of a compiled model. Returns the loss, a scalar."""
-    loss, _ = keras_train_step(model, x, y, sample_weight)
+    loss, _ = keras_train_step(model, x, y, sample_weight, logs=False)
     return loss
 
 
 def test_step(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
     """Loss and metrics of a compiled model, nothing trained. Returns the loss."""
-    loss, _ = keras_test_step(model, x, y, sample_weight)
+    loss, _ = keras_test_step(model, x, y, sample_weight, logs=False)
     return loss
 
 
@@ -70,16 +70,32 @@ def predict_step(model: Any, x: Any) -> Any:
 
 
 def keras_train_step(
-    model: Any, x: Any, y: Any = None, sample_weight: Any = None
+    model: Any, x: Any, y: Any = None, sample_weight: Any = None, *, logs: bool = True
 ) -> tuple[Any, Any]:
-    """`train_step` with what the model's `compute_metrics` has returned."""
+    """`train_step` with what the model's `compute_metrics` has returned.
+
+    Args:
+        model: A compiled model.
+        x: Of a batch.
+        y: Of a batch.
+        sample_weight: Of a batch.
+        logs: Whether that is asked for; otherwise it is `None`.
+    """
     variables = model.trainable_variables
     optimizer = model.optimizer
+    here = backend.current()
+    counted = False
 
     def compute_loss() -> tuple[Any, tuple[Any, Any]]:
+        nonlocal counted
         y_pred = _call(model, x, training=True)
         loss = _loss(model, x, y, y_pred, sample_weight, training=True)
+        if not logs:
+            counted = here.along(lambda: count(y_pred, loss), [loss])
         return optimizer.scale_loss(loss), (loss, y_pred)
+
+    def count(y_pred: Any, loss: Any) -> Any:
+        return _update_metrics(model, x, y, y_pred, sample_weight, loss, logs=logs)
 
     if variables:
         (_, (loss, y_pred)), gradients = value_and_grad(
@@ -90,16 +106,17 @@ def keras_train_step(
         # As Keras does: such a model still has metrics to follow.
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         _, (loss, y_pred) = compute_loss()
-    return loss, _update_metrics(model, x, y, y_pred, sample_weight, loss)
+        counted = False
+    return loss, None if counted else count(y_pred, loss)
 
 
 def keras_test_step(
-    model: Any, x: Any, y: Any = None, sample_weight: Any = None
+    model: Any, x: Any, y: Any = None, sample_weight: Any = None, *, logs: bool = True
 ) -> tuple[Any, Any]:
     """`test_step` with what the model's `compute_metrics` has returned."""
     y_pred = _call(model, x, training=False)
     loss = _loss(model, x, y, y_pred, sample_weight, training=False)
-    return loss, _update_metrics(model, x, y, y_pred, sample_weight, loss)
+    return loss, _update_metrics(model, x, y, y_pred, sample_weight, loss, logs=logs)
 
 
 LOGS = "loopscope/logs"
@@ -155,12 +172,24 @@ def _loss(
 
 
 def _update_metrics(
-    model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, loss: Any
+    model: Any,
+    x: Any,
+    y: Any,
+    y_pred: Any,
+    sample_weight: Any,
+    loss: Any,
+    *,
+    logs: bool,
 ) -> Any:
     # Keras's own tracker of the mean loss, weighted by the examples of a batch.
     tracker = getattr(model, "_loss_tracker", None)
     if tracker is not None:
         tracker.update_state(loss, sample_weight=batch_size(x))
+    if not logs and hasattr(model, "_compile_metrics"):
+        # What Keras's own method does, which then reads every result.
+        if model._compile_metrics is not None:
+            model._compile_metrics.update_state(y, y_pred, sample_weight)
+        return None
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
 

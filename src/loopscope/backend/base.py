@@ -285,6 +285,20 @@ class Backend(Protocol):
         """
         ...
 
+    def along(self, count: Callable[[], Any], outputs: Sequence[Array]) -> bool:
+        """Have metrics and outputs of a step exchanged along with its gradients.
+
+        Called in a function that is differentiated, for one message less a step.
+
+        Args:
+            count: Updates metrics; called before gradients are exchanged.
+            outputs: Scalars, means over the examples, that the step will return.
+
+        Returns:
+            Whether that will be; if not, `count` has still to be called.
+        """
+        ...
+
     def applied(self) -> AbstractContextManager[list[Array]]:
         """A block; the list fills with the gradients that divided steps apply in it."""
         ...

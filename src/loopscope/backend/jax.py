@@ -136,6 +136,9 @@ class JaxBackend:
     def of_workers(self, feed: Feed, team: Team) -> Feed:
         return devices.assembled(feed)
 
+    def along(self, count: Callable[[], Any], outputs: Sequence[Any]) -> bool:
+        return False  # The compiler joins messages.
+
     def applied(self) -> AbstractContextManager[list[Any]]:
         return nullcontext([])
 

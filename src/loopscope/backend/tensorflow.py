@@ -121,6 +121,9 @@ class TensorFlowBackend:
     def of_workers(self, feed: Feed, team: Team) -> Feed:
         return replace(feed, arrays=map_structure(self.place, feed.arrays))
 
+    def along(self, count: Callable[[], Any], outputs: Sequence[Any]) -> bool:
+        return replicas.along(count, outputs)
+
     def applied(self) -> AbstractContextManager[list[Any]]:
         return replicas.applied()
 

@@ -38,6 +38,9 @@ class _Part:
         scaled: Whether a tape of the user's own has seen a loss of Keras, scaled.
         assigned: Variables with a copy for each replica that were assigned, each with
             its value before.
+        counts: What updates metrics, to be called before gradients are exchanged.
+        means: Outputs to be exchanged with them.
+        totals: Those that were, each with the mean over the batch.
     """
 
     share: Any
@@ -45,6 +48,9 @@ class _Part:
     summed: bool = False
     scaled: bool = False
     assigned: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    counts: list[Callable[[], Any]] = field(default_factory=list)
+    means: list[Any] = field(default_factory=list)
+    totals: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
 
 _PART: ContextVar[_Part | None] = ContextVar("part", default=None)
@@ -120,7 +126,7 @@ def spread(step: Step, strategy: Any) -> Step:
     Floating outputs are the mean over all examples, whole numbers the sum, arrays are
     put together. A batch with fewer rows than replicas is not divided.
     """
-    here = max(1, strategy.extended._num_devices_per_worker)
+    here = len(strategy.extended.worker_devices)  # Of this process.
     workers = strategy.num_replicas_in_sync // here
     on_all = _divided(step, strategy, 1)
     DIVIDED[on_all] = _divided(step, strategy, workers)
@@ -192,7 +198,26 @@ def gradient(tape: Any, loss: Any, variables: Sequence[Any]) -> list[Any]:
     share = tf.cast(part.share, loss.dtype)
     grads = tape.gradient(loss, list(variables), output_gradients=share)
     part.summed = True
-    return _all_reduced(grads)
+    for count in part.counts:
+        count()
+    assigned, means = _Assigned(part), part.means
+    more = [*assigned.addends, *(_part_of(mean, part.share) for mean in means)]
+    sums = _all_reduced([*grads, *more])
+    found, rest = sums[: len(grads)], sums[len(grads) :]
+    assigned.settle(rest)
+    totals = rest[len(assigned.natives) :]
+    part.totals = {id(m): (m, t) for m, t in zip(means, totals, strict=True)}
+    return found
+
+
+def along(count: Callable[[], Any], outputs: Sequence[Any]) -> bool:
+    """Have `count` called before gradients are exchanged, and `outputs` with them."""
+    part = _PART.get()
+    if part is None or not part.within:
+        return False
+    part.counts.append(count)
+    part.means.extend(outputs)
+    return True
 
 
 def _rows(
@@ -382,37 +407,66 @@ def settled(native: Any) -> Any:
     return native
 
 
+class _Assigned:
+    """What one replica has assigned since variables had one value on all of them.
+
+    What each has added to a metric is to be summed. Where each has its own, as
+    BatchNorm has its moving statistics, all are to get the mean.
+
+    Args:
+        part: The replica's; it begins anew.
+    """
+
+    def __init__(self, part: _Part) -> None:
+        self.natives: list[Any] = []
+        self.addends: list[Any] = []
+        self._before: list[Any] = []
+        for native, was in part.assigned.values():
+            own, sync = tf.identity(native), getattr(native, "synchronization", None)
+            if sync == ON_READ and not native.dtype.is_bool:
+                self.addends.append(own - was)
+                self._before.append(was)
+            elif (
+                native.aggregation == tf.VariableAggregation.NONE
+                and native.dtype.is_floating
+            ):
+                self.addends.append(own * tf.cast(part.share, native.dtype))
+                self._before.append(None)
+            else:
+                continue
+            self.natives.append(native)
+        part.assigned.clear()
+
+    def settle(self, sums: Sequence[Any]) -> None:
+        """Assign what all replicas have together: the first of these sums."""
+        found = zip(self.natives, self._before, sums, strict=False)
+        for native, was, total in found:
+            native.assign(total if was is None else was + total)
+
+
 def _settle(part: _Part, outputs: Any) -> Any:
     """Make one value of what the replicas have: of each variable, and each output.
 
-    Called on each of them, when its step is over. What each has added to a metric is
-    summed. Where each has its own, as BatchNorm has its moving statistics, all get the
-    mean. Outputs that are arrays stay as they are.
+    Called on each of them, when its step is over. Outputs that are arrays stay as they
+    are.
     """
-    natives, before, parts = [], [], []
-    for native, was in part.assigned.values():
-        own, sync = tf.identity(native), getattr(native, "synchronization", None)
-        if sync == ON_READ and not native.dtype.is_bool:
-            parts.append(own - was)
-            before.append(was)
-        elif (
-            native.aggregation == tf.VariableAggregation.NONE
-            and native.dtype.is_floating
-        ):
-            parts.append(own * tf.cast(part.share, native.dtype))
-            before.append(None)
-        else:
-            continue
-        natives.append(native)
+    assigned = _Assigned(part)
     # A loss that was scaled for a tape is a part of the mean, and not a mean.
     weight = 1.0 if part.scaled else part.share
     leaves = keras.tree.flatten(outputs)
-    numbers = [i for i, v in enumerate(leaves) if tf.is_tensor(v) and not v.shape.rank]
-    parts += [_part_of(leaves[i], weight) for i in numbers]
-    sums = _summed(parts)
-    for native, was, total in zip(natives, before, sums, strict=False):
-        native.assign(total if was is None else was + total)
-    for i, total in zip(numbers, sums[len(natives) :], strict=True):
+    for i, leaf in enumerate(leaves):
+        if id(leaf) in part.totals:
+            leaves[i] = part.totals[id(leaf)][1]
+    known = {id(total) for _, total in part.totals.values()}
+    numbers = [
+        i
+        for i, v in enumerate(leaves)
+        if tf.is_tensor(v) and not v.shape.rank and id(v) not in known
+    ]
+    addends = [_part_of(leaves[i], weight) for i in numbers]
+    sums = _summed([*assigned.addends, *addends])
+    assigned.settle(sums)
+    for i, total in zip(numbers, sums[len(assigned.natives) :], strict=True):
         leaves[i] = total > 0 if leaves[i].dtype.is_bool else total
     return keras.tree.pack_sequence_as(outputs, leaves)
 
@@ -459,6 +513,7 @@ def _hooked() -> Iterator[None]:
 __all__ = [
     "DIVIDED",
     "adopt",
+    "along",
     "applied",
     "assign",
     "differentiating",

@@ -131,6 +131,9 @@ class TorchBackend:
     def of_workers(self, feed: Feed, team: Team) -> Feed:
         return replace(feed, arrays=map_structure(self.place, feed.arrays))
 
+    def along(self, count: Callable[[], Any], outputs: Sequence[Any]) -> bool:
+        return parts.along(count, outputs)
+
     def applied(self) -> AbstractContextManager[list[Any]]:
         return nullcontext([])
 
@@ -259,7 +262,7 @@ class TorchBackend:
             raise StepError(no_gradient(variables))
         by_tensor = {id(t): g for t, g in zip(wanted, found, strict=True)}
         grads = [by_tensor.get(id(t)) for t in tensors]
-        return map_structure(_detached, value), grads
+        return parts.detached(value), grads
 
     @contextmanager
     def observed(self, observer: Observer, gear: Gear | None) -> Iterator[None]:

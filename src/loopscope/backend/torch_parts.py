@@ -47,6 +47,9 @@ class _Part:
         read: Those whose value was read since.
         kept: Other floating variables that were assigned.
         averaged: Parameters whose gradients `DistributedDataParallel` averages.
+        counts: What updates metrics, to be called before gradients are exchanged.
+        means: Outputs to be exchanged with them.
+        totals: Those that were, each with the mean over the batch.
     """
 
     workers: Workers
@@ -60,6 +63,9 @@ class _Part:
     read: set[int] = field(default_factory=set)
     kept: dict[int, Any] = field(default_factory=dict)
     averaged: set[int] = field(default_factory=set)
+    counts: list[Callable[[], Any]] = field(default_factory=list)
+    means: list[torch.Tensor] = field(default_factory=list)
+    totals: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @contextmanager
     def flagged(self, name: str) -> Iterator[None]:
@@ -200,17 +206,22 @@ def _joined(outputs: Tree, part: _Part, bounds: list[int]) -> Tree:
     """The outputs of the whole batch; every variable has one value afterwards."""
     rows = [stop - start for start, stop in pairwise(bounds)]
     leaves = keras.tree.flatten(outputs)
+    totals = [part.totals.get(id(leaf)) for leaf in leaves]
+    known = {i: found[1] for i, found in enumerate(totals) if found is not None}
     added = [
         i
         for i, leaf in enumerate(leaves)
         if isinstance(leaf, torch.Tensor)
         and leaf.shape[:1] != (rows[part.workers.rank],)
+        and i not in known
     ]
     sums = part.settle([_addend(leaves[i], part.share) for i in added])
     for i, total in zip(added, sums, strict=True):
         leaves[i] = total.to(leaves[i].dtype)
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and i not in added:
+        if i in known:
+            leaves[i] = known[i].to(leaf.dtype)
+        elif isinstance(leaf, torch.Tensor) and i not in added:
             leaves[i] = part.workers.concat(leaf, rows)
     return keras.tree.pack_sequence_as(outputs, leaves)
 
@@ -264,13 +275,53 @@ def _grad_of_all(real: Callable[..., Any]) -> Callable[..., Any]:
         with part.flagged("differentiating"):
             found = list(real(outputs, tensors, begun, *rest, **named))
         there = [i for i in places if found[i] is not None]
-        sums = part.workers.sum([found[i] for i in there])
+        sums = _exchanged(part, [found[i] for i in there])
         for i, total in zip(there, sums, strict=True):
             found[i] = total
         part.summed = True
         return tuple(found)
 
     return grad
+
+
+def _exchanged(part: _Part, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The sums of gradients; with them goes what is to go along, if anything is."""
+    if not part.counts:
+        return part.workers.sum(gradients)
+    counts, means = part.counts, part.means
+    part.counts, part.means = [], []
+    with torch.no_grad():
+        for count in counts:
+            count()
+    sums = part.settle([*gradients, *(_addend(m, part.share) for m in means)])
+    totals = sums[len(gradients) :]
+    part.totals = {id(m): (m, t) for m, t in zip(means, totals, strict=True)}
+    return sums[: len(gradients)]
+
+
+def along(count: Callable[[], Any], outputs: Sequence[torch.Tensor]) -> bool:
+    """Have `count` called before gradients are exchanged, and `outputs` with them."""
+    part = _PART.get()
+    if part is None:
+        return False
+    part.counts.append(count)
+    part.means.extend(outputs)
+    return True
+
+
+def detached(value: Tree) -> Tree:
+    """The tensors of a value without their past."""
+    part = _PART.get()
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        found = leaf.detach()
+        if part is not None and id(leaf) in part.totals:
+            part.totals[id(found)] = found, part.totals[id(leaf)][1]
+        return found
+
+    return map_structure(one, value)
 
 
 def _backward_of_all(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -458,4 +509,4 @@ def _hooked() -> Iterator[None]:
             setattr(holder, name, old)
 
 
-__all__ = ["DIVIDED", "running", "spread"]
+__all__ = ["DIVIDED", "along", "detached", "running", "spread"]
