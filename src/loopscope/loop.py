@@ -931,6 +931,7 @@ class Loop:
     doctor = questions.doctor
     examine = questions.examine
     show = questions.show
+    lines = questions.lines
     find_lr = questions.find_lr
     overfit = questions.overfit
     otherwise = questions.otherwise
