@@ -65,18 +65,26 @@ class Pace:
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, int]] = []
+        self._speed: float | None = None
 
-    def __call__(self, step: int, *, paused: bool) -> float | None:
-        """Steps a second, of the last few seconds; `None` as long as nobody knows."""
-        now = time.perf_counter()
-        if paused:  # What was before says nothing of what comes after.
+    def __call__(self, step: int, *, runs: bool) -> float | None:
+        """Steps a second, of the last few seconds; `None` as long as nobody knows.
+
+        Args:
+            step: How many there are now.
+            runs: Whether they come now; while they do not, the speed is that of before.
+        """
+        if not runs:
             self._marks.clear()
-            return None
+            return self._speed
+        now = time.perf_counter()
         self._marks.append((now, step))
         while len(self._marks) > 2 and self._marks[1][0] <= now - SMOOTH_S:
             self._marks.pop(0)
         began, first = self._marks[0]
-        return (step - first) / (now - began) if step > first else None
+        if step > first:
+            self._speed = (step - first) / (now - began)
+        return self._speed
 
 
 def write(folder: Folder, said: Mapping[str, Any]) -> None:
