@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,9 +30,12 @@ NEEDED = ("starlette", "uvicorn", "plotly")
     help="0: any that is free.  [default: 8765, or any if that is taken]",
 )
 @click.option("--no-open", is_flag=True, help="Do not open a browser.")
+@click.option("--beside", is_flag=True, hidden=True, help="End with standard input.")
 @json_option
 @command
-def view(path: Path, port: int | None, no_open: bool, as_json: bool) -> int:
+def view(
+    path: Path, port: int | None, no_open: bool, beside: bool, as_json: bool
+) -> int:
     """Show the runs in DIR in a browser, live ones while they train.
 
     DIR is a run, or a folder with runs in it; `runs` if not given. The page is served
@@ -37,7 +44,7 @@ def view(path: Path, port: int | None, no_open: bool, as_json: bool) -> int:
     """
     from loopscope.errors import RunError, UsageError
 
-    _needed()
+    needed()
     from loopscope.view.page import server
 
     if not path.is_dir():
@@ -55,10 +62,14 @@ def view(path: Path, port: int | None, no_open: bool, as_json: bool) -> int:
         ) from error
     address = server.Address(listening.getsockname()[1], server.new_token())
 
+    if beside:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+
     def ready() -> None:
         if as_json:
             said = {"address": str(address), "port": address.port}
             print_json({**said, "token": address.token, "folder": str(path)})
+            sys.stdout.flush()
         else:
             click.echo(f"{path} is shown at {address}\nCtrl-C ends it.")
         if not no_open:
@@ -75,7 +86,14 @@ def view(path: Path, port: int | None, no_open: bool, as_json: bool) -> int:
     return 0
 
 
-def _needed() -> None:
+def _end_with_input() -> None:
+    """End this process in order once nobody holds its standard input any more."""
+    while sys.stdin.read(1):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def needed() -> None:
     """Say what is missing where the extra is not installed.
 
     Raises:

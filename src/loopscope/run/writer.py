@@ -75,7 +75,8 @@ class Writer:
         folder: The run.
         journal: Its journal, open for writing.
         limits: Of checkpoints.
-        does: What the training does now, for `live.json`; asked on the thread.
+        does: What the training does now, for `live.json`; asked on the thread. `None`:
+            nobody says it.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Writer:
         folder: Folder,
         journal: JournalWriter,
         limits: Limits,
-        does: Callable[[], Mapping[str, Any]],
+        does: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self._folder, self._journal, self._limits = folder, journal, limits
         self._does, self._told_s = does, 0.0
@@ -202,7 +203,9 @@ class Writer:
     def _tell(self, *, now: bool) -> None:
         """Write down what the training does, if that is due."""
         late = time.monotonic() - self._told_s >= TELL_S
-        if self.failed or not (now or late) or _inode(self._folder) != self._identity:
+        if self._does is None or self.failed or not (now or late):
+            return
+        if _inode(self._folder) != self._identity:
             return
         self._told_s = time.monotonic()
         try:
