@@ -7,6 +7,7 @@ read once is the part of reading.py.
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,9 @@ class Following:
                 found = checkpoint.entries(path), reading.size_bytes(path)
                 self._entries = (at, *found)
             _, entries, size_bytes = self._entries
-        stats = [_stat(p) for p in (self.folder.manifest_path, *self._files())]
+        # Those beside it are few, and some of them grow.
+        with os.scandir(self.folder.path) as files:
+            stats = [_stat(Path(file)) for file in files if file.is_file()]
         return entries, size_bytes + sum(s[1] for s in stats if s)
 
     def _files(self) -> list[Path]:
