@@ -94,6 +94,7 @@ class Following:
         self._checked: Any = None
         self._seen = Seen()
         self._entries: tuple[Any, Any, int] = ((), None, 0)
+        self._known: dict[tuple[str, int], checkpoint.Entry] = {}
 
     def look(self) -> Seen:
         """What the run has shown up to now.
@@ -138,8 +139,8 @@ class Following:
             at = _stat(self.folder.checkpoints_path)
             if self._entries[0] != at:
                 path = self.folder.checkpoints_path
-                found = checkpoint.entries(path), reading.size_bytes(path)
-                self._entries = (at, *found)
+                found = checkpoint.entries(path, self._known)
+                self._entries = (at, found, reading.size_bytes(path))
             _, entries, size_bytes = self._entries
         # Those beside it are few, and some of them grow.
         with os.scandir(self.folder.path) as files:
