@@ -1,7 +1,9 @@
 """`make test`: the suite on TensorFlow, JAX and PyTorch, two processes at a time.
 
 What TensorFlow's says is shown as it comes, what the others say after it. A shell would
-start the second one with Ctrl-C ignored, which some tests are about.
+start the second one with Ctrl-C ignored, which some tests are about. What runs show of
+themselves (the page, figures, the tutorial, programs) is the same on every backend, and
+a suite of its own: so two processes are busy until the end.
 """
 
 import contextlib
@@ -10,9 +12,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-PYTEST = [sys.executable, "-m", "pytest", "-m"]
-OTHERS = {"jax": "JAX", "torch": "PyTorch"}
+HERE = Path(__file__).parent
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m"]
+SHOWING = (
+    "cli/test_view.py",
+    "figures",
+    "run/test_control.py",
+    "test_docs.py",
+    "test_programs.py",
+    "test_site.py",
+    "test_tutorial.py",
+    "view",
+)
+"""What shows runs, and what explains them."""
+
+SUITES = {
+    "TensorFlow": (
+        "tensorflow",
+        ["not slow", *(f"--ignore={HERE / path}" for path in SHOWING)],
+    ),
+    "JAX": ("jax", ["not slow and not once"]),
+    "PyTorch": ("torch", ["not slow and not once"]),
+    "TensorFlow: what runs show": (
+        "tensorflow",
+        ["not slow", *(str(HERE / path) for path in SHOWING)],
+    ),
+}
 
 
 def environment(backend):
@@ -24,26 +51,28 @@ def environment(backend):
 
 def main():
     with contextlib.ExitStack() as stack:
-        print("== tests on TensorFlow (the others run beside them)", flush=True)
-        first = subprocess.Popen([*PYTEST, "not slow"], env=environment("tensorflow"))
-        running, codes, held = [first], [], {}
+        running, held = [], {}
         stack.callback(lambda: [process.kill() for process in running])
-        for backend in OTHERS:
+        for name, (backend, arguments) in SUITES.items():
             while sum(process.poll() is None for process in running) > 1:
                 time.sleep(0.2)
-            held[backend] = stack.enter_context(tempfile.TemporaryFile("w+"))
+            out = None
+            if running:
+                out = held[name] = stack.enter_context(tempfile.TemporaryFile("w+"))
+            else:
+                print(f"== tests on {name} (the others run beside)", flush=True)
             running.append(
                 subprocess.Popen(
-                    [*PYTEST, "not slow and not once", "-p", "no:cacheprovider"],
+                    [*PYTEST, *arguments],
                     env=environment(backend),
-                    stdout=held[backend],
-                    stderr=subprocess.STDOUT,
+                    stdout=out,
+                    stderr=None if out is None else subprocess.STDOUT,
                 )
             )
         codes = [process.wait() for process in running]
-        for backend, name in OTHERS.items():
-            held[backend].seek(0)
-            print(f"== tests on {name}\n{held[backend].read()}", flush=True)
+        for name, out in held.items():
+            out.seek(0)
+            print(f"== tests on {name}\n{out.read()}", flush=True)
     return next((code for code in codes if code), 0)
 
 

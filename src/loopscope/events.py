@@ -64,10 +64,17 @@ class PhaseBegin(Event):
 
 @dataclass(frozen=True)
 class ChunkBegin(Event):
-    """Steps are about to run; `index` counts within the pass."""
+    """Steps are about to run; `index` counts within the pass.
+
+    Attributes:
+        phase: Which step.
+        index: Position in the pass of the first of them.
+        fetch_s: Seconds that the source took to give their data.
+    """
 
     phase: Phase
     index: int
+    fetch_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -697,10 +697,10 @@ class Loop:
                     if segment is None:
                         self._share(0, data)
                         break
+                    fetch_s = time.perf_counter() - began
                     if phase == "train":
-                        fetch_s = time.perf_counter() - began
                         self._ahead = Ahead(segment, source, epoch, index, fetch_s)
-                    self._emit(ChunkBegin(phase, index))
+                    self._emit(ChunkBegin(phase, index, fetch_s))
                     self._ahead = None
                     self._share(segment.steps, data)
                     # Whoever listens may change the gear; `None` is not chosen yet.
@@ -933,6 +933,7 @@ class Loop:
     doctor = questions.doctor
     examine = questions.examine
     show = questions.show
+    lines = questions.lines
     find_lr = questions.find_lr
     overfit = questions.overfit
     otherwise = questions.otherwise

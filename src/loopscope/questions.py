@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loopscope import checks, keras_methods, trials
+from loopscope import checks, keras_methods, showing, trials
 from loopscope import compare as comparing
 from loopscope import estimate as estimating
 from loopscope.checks import build, build_quietly
@@ -28,7 +28,7 @@ from loopscope.gear import Gear
 from loopscope.look.alternatives import Alternative, alternatives
 from loopscope.look.opened import OpenedStep
 from loopscope.look.opening import open_step
-from loopscope.showing import listing
+from loopscope.showing import Line, listing
 from loopscope.step import ModelStep
 
 if TYPE_CHECKING:
@@ -302,6 +302,15 @@ def show(self: Loop, callbacks: Any = None) -> None:
     Args:
         callbacks: As `fit` would get them.
     """
+    print(listing(self.lines(callbacks)), end="")
+
+
+def lines(self: Loop, callbacks: Any = None) -> list[Line]:
+    """The loop as code, as `show` prints it, line by line.
+
+    Args:
+        callbacks: As `fit` would get them.
+    """
     own: dict[str, Callable[..., Any] | None] = {}
     phases: tuple[Phase, ...] = ("train", "test")
     for phase in phases:
@@ -310,10 +319,9 @@ def show(self: Loop, callbacks: Any = None) -> None:
         if not is_own and checks.overrides(self.model, f"{phase}_step"):
             own[phase] = getattr(self.model, f"{phase}_step")
     listed = list(getattr(callbacks, "callbacks", callbacks) or [])
-    text = listing(
+    return showing.lines(
         self.model, gear=self._gear, steps=own, callbacks=listed, watch=self.watch
     )
-    print(text, end="")
 
 
 def find_lr(

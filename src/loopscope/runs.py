@@ -321,6 +321,45 @@ def open_run(
     return Run(Folder(Path(path)), experiment)
 
 
+def _refuse_code_in_runs(folder: Folder, name: str, place: str) -> None:
+    """Refuse a function whose file lies in a run folder, whichever.
+
+    A run is data that somebody may have got from anywhere. What it names has to be
+    there already, and to be put there by somebody else than the run.
+
+    Args:
+        folder: The run that names it.
+        name: `package.module:function`, or `/file.py:function`.
+        place: A folder in which modules are looked for after all others.
+
+    Raises:
+        RunError: It does.
+    """
+    module = name.rpartition(":")[0]
+    if module.endswith(".py"):
+        files = [Path(module)]
+    else:
+        package = module.partition(".")[0]
+        starts = map(Path, ("", *sys.path, place))
+        named = [start / end for start in starts for end in (package, f"{package}.py")]
+        files = [file for file in named if file.exists()]
+    for file in files:
+        found = _run_around(file)
+        if found is not None:
+            own = found == folder.path.resolve()
+            its = "its own folder" if own else f"the folder of the run {str(found)!r}"
+            raise RunError(
+                f"The run {str(folder.path)!r} names code inside of {its} ({file}). "
+                "Nothing in a run folder is executed; keep code elsewhere."
+            )
+
+
+def _run_around(file: Path) -> Path | None:
+    """The run folder that a file lies in, or that it is; `None` if in none."""
+    place = file.resolve()
+    return next((p for p in (place, *place.parents) if Folder(p).exists), None)
+
+
 def _first_difference(one: Run, other: Run) -> int:
     """The first step for which two runs have recorded another output.
 
@@ -357,15 +396,10 @@ def experiment_of(folder: Folder) -> Experiment:
             "`fit(..., run=..., resume=True)`; to look into it, give "
             "`open_run(path, experiment=loopscope.Experiment(loop, x=..., ...))`."
         )
-    name = origin["function"]
-    file = Path(name.rpartition(":")[0])
-    if file.suffix == ".py" and folder.path.resolve() in file.resolve().parents:
-        raise RunError(
-            f"The run {str(folder.path)!r} names code inside of its own folder "
-            f"({file}). Nothing in a run folder is executed; keep code elsewhere."
-        )
-    place = folder.manifest["working_folder"]
-    if place not in sys.path and Path(place).is_dir():
+    name, place = origin["function"], folder.manifest["working_folder"]
+    _refuse_code_in_runs(folder, name, place)
+    known = place in sys.path or _run_around(Path(place)) is not None
+    if not known and Path(place).is_dir():
         sys.path.append(place)
     # A manifest may name a function, not what to call it with: options are for the
     # built-in ones, whose arguments do nothing but choose.

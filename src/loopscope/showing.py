@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loopscope.gear import Gear
@@ -26,15 +29,49 @@ model.compute_metrics(x, y, y_pred)""",
 }
 """What the built-in steps do."""
 
+ROLES = {
+    "apply": r"\.(stateless_)?apply(_gradients)?\(|\.step\(\)|\.minimize\(",
+    "backward": r"\bgradients?\b|value_and_grad|\.backward\(|scale_loss",
+    "metrics": r"update_state\(|compute_metrics\(|\bmetrics?\b",
+    "loss": r"loss\w*\s*[(=]",
+    "forward": r"\b(model|self|generator|discriminator|teacher|student)\w*\(|training=",
+}
+"""By what a statement of a step is taken for a part of it, the surest sign first."""
 
-def listing(
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the loop.
+
+    Attributes:
+        text: The code.
+        role: The part of the loop that it belongs to: `"epoch"`, `"data"`, `"step"`,
+            `"forward"`, `"loss"`, `"backward"`, `"apply"`, `"metrics"`,
+            `"validation"`, `"callbacks"`; `None` for what is none of these.
+        note: A remark.
+    """
+
+    text: str
+    role: str | None = None
+    note: str = ""
+
+
+def listing(lines: Sequence[Line]) -> str:
+    """The loop as text."""
+    return "".join(
+        (f"{line.text:<{COLUMN}}# {line.note}" if line.note else line.text) + "\n"
+        for line in lines
+    )
+
+
+def lines(
     model: Any,
     *,
     gear: Gear | None,
     steps: dict[str, Callable[..., Any] | None],
     callbacks: Sequence[Any],
     watch: int | None = None,
-) -> str:
+) -> list[Line]:
     """The loop, line by line.
 
     Args:
@@ -44,7 +81,7 @@ def listing(
         callbacks: As `fit` would get them.
         watch: How often the signals of a step are measured, if they are.
     """
-    return "\n".join(_lines(model, gear, steps, callbacks, watch)) + "\n"
+    return list(_lines(model, gear, steps, callbacks, watch))
 
 
 def _lines(
@@ -53,52 +90,56 @@ def _lines(
     steps: dict[str, Callable[..., Any] | None],
     callbacks: Sequence[Any],
     watch: int | None,
-) -> Iterator[str]:
-    def hook(indent: int, name: str) -> Iterator[str]:
+) -> Iterator[Line]:
+    def hook(indent: int, name: str) -> Iterator[Line]:
         who = [type(c).__name__ for c in callbacks if _has(c, name)]
         if who:
-            yield _line(indent, f"callbacks.{name}(...)", ", ".join(who))
+            code = f"callbacks.{name}(...)"
+            yield _line(indent, code, "callbacks", ", ".join(who))
 
     optimizer = type(getattr(model, "optimizer", None)).__name__
     yield _line(0, f"# model {model.name!r}, optimizer {optimizer}")
-    yield _line(0, "check(data, labels, shapes)", "refused before a step runs")
+    yield _line(0, "check(data, labels, shapes)", None, "refused before a step runs")
     yield from hook(0, "on_train_begin")
-    yield _line(0, "for epoch in range(initial_epoch, epochs):")
-    yield _line(1, "reset(metrics)")
+    yield _line(0, "for epoch in range(initial_epoch, epochs):", "epoch")
+    yield _line(1, "reset(metrics)", "epoch")
     yield from hook(1, "on_epoch_begin")
     how = "chosen by measuring" if gear is None else f"gear {gear.name}"
     fused = gear is not None and gear.fused
     yield _line(
         1,
         "for x, y in train:",
+        "data",
         f"{how}{', many steps in one call' if fused else ''}",
     )
     yield from hook(2, "on_train_batch_begin")
     yield from _step(2, "train", steps["train"])
     if watch is not None:
-        yield _line(2, f"if step % {watch} == 0:")
-        yield _line(3, "measure(gradients, activations)", "inside the step")
+        yield _line(2, f"if step % {watch} == 0:", "step")
+        yield _line(3, "measure(gradients, activations)", "step", "inside the step")
     yield from hook(2, "on_train_batch_end")
     if watch is not None:
-        yield _line(2, "judge(chunk)", "spikes, the first value not finite")
+        yield _line(2, "judge(chunk)", None, "spikes, the first value not finite")
     yield _line(2, "if this is the first chunk:")
-    yield _line(3, "doctor(step)", "cheap checks, once, unless doctor=False")
-    yield _line(1, "if validation_data and epoch is due:")
+    yield _line(3, "doctor(step)", None, "cheap checks, once, unless doctor=False")
+    yield _line(1, "if validation_data and epoch is due:", "validation")
     yield from hook(2, "on_test_begin")
-    yield _line(2, "for x, y in validation_data:", "metrics of training kept aside")
+    kept = "metrics of training kept aside"
+    yield _line(2, "for x, y in validation_data:", "validation", kept)
     yield from hook(3, "on_test_batch_begin")
     yield from _step(3, "test", steps["test"])
     yield from hook(3, "on_test_batch_end")
     yield from hook(2, "on_test_end")
     yield from hook(1, "on_epoch_end")
-    yield _line(1, "if stop_training:")
-    yield _line(2, "break")
+    yield _line(1, "if stop_training:", "epoch")
+    yield _line(2, "break", "epoch")
     yield from hook(0, "on_train_end")
 
 
-def _step(indent: int, phase: str, own: Callable[..., Any] | None) -> Iterator[str]:
+def _step(indent: int, phase: str, own: Callable[..., Any] | None) -> Iterator[Line]:
+    of = "step" if phase == "train" else "validation"
     if own is None:
-        yield _line(indent, f"# the built-in {phase} step")
+        yield _line(indent, f"# the built-in {phase} step", of)
         source = BUILT_IN[phase]
     else:
         function = inspect.unwrap(getattr(own, "python_function", own))
@@ -106,15 +147,43 @@ def _step(indent: int, phase: str, own: Callable[..., Any] | None) -> Iterator[s
             source = textwrap.dedent(inspect.getsource(function)).rstrip()
             file = inspect.getsourcefile(function)
             first = function.__code__.co_firstlineno
-            yield _line(indent, "# your step", f"{file}:{first}")
+            yield _line(indent, "# your step", of, f"{file}:{first}")
         except (OSError, TypeError, AttributeError):
             source = f"{getattr(own, '__qualname__', own)}(x, y)"
-    yield from (_line(indent, line) for line in source.splitlines())
+    roles = roles_of(source) if phase == "train" else {}
+    for number, text in enumerate(source.splitlines(), 1):
+        yield _line(indent, text, roles.get(number, of))
 
 
-def _line(indent: int, code: str, remark: str = "") -> str:
-    line = "    " * indent + code
-    return f"{line:<{COLUMN}}# {remark}" if remark else line
+def roles_of(source: str) -> dict[int, str]:
+    """Which part of a step its lines are, by number from 1; no entry for the rest.
+
+    A statement over several lines is one part. It goes by names, as a reader would.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # The built-in step says one of its lines in words.
+        texts = enumerate(source.splitlines(), 1)
+        return {n: role for n, text in texts if (role := _role(text))}
+    found: dict[int, str] = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.stmt) or hasattr(node, "body"):
+            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # A docstring may speak of anything.
+        role = _role(ast.get_source_segment(source, node) or "")
+        if role is not None:
+            span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            found |= dict.fromkeys(span, role)
+    return found
+
+
+def _role(statement: str) -> str | None:
+    return next((r for r, sign in ROLES.items() if re.search(sign, statement)), None)
+
+
+def _line(indent: int, code: str, role: str | None = None, note: str = "") -> Line:
+    return Line("    " * indent + code, role, note)
 
 
 def _has(callback: Any, hook: str) -> bool:

@@ -13,6 +13,7 @@ from loopscope.cli.rewind import rewind
 from loopscope.cli.runs import runs
 from loopscope.cli.train import train
 from loopscope.cli.verify import verify
+from loopscope.cli.view import view
 from loopscope.cli.why import why
 
 
@@ -36,3 +37,4 @@ main.add_command(why)
 main.add_command(diff)
 main.add_command(verify)
 main.add_command(runs)
+main.add_command(view)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
+from loopscope.cli.beside import shown, view_option
 from loopscope.cli.common import (
     backend_option,
     command,
@@ -47,6 +49,7 @@ class Part:
 @click.option("--logits", is_flag=True, help="Drop the softmax.")
 @run_option
 @no_run_option
+@view_option
 @backend_option
 @seed_option
 @json_option
@@ -60,6 +63,7 @@ def mnist(
     logits: bool,
     run: Path | None,
     no_run: bool,
+    view: bool,
     backend: str | None,
     seed: int,
     as_json: bool,
@@ -71,14 +75,14 @@ def mnist(
     Trains the same model from the same state in gear eager and in the chosen gear,
     prints the tutorial's lines, checks that both take the same first step, and ends
     with how many times faster the chosen gear was. Exits 1 if the first steps part.
+
+    --view shows the run in a browser. The page ends with the training; on a terminal it
+    stays until Ctrl-C.
     """
     name = start_backend(backend)
     from loopscope import checks
     from loopscope.cli.training import fresh_run
     from loopscope.experiment import load
-    from loopscope.experiments.mnist import data
-    from loopscope.view import text
-    from loopscope.view.progress import ProgressLine
 
     checks.count("epochs", epochs, least=1)
     checks.count("eager-epochs", eager_epochs, least=1)
@@ -95,6 +99,25 @@ def mnist(
         run = None
     elif run is None:
         run = fresh_run("mnist")
+    with shown(run, as_json=as_json) if view else nullcontext():
+        return _side_by_side(name, made, options, eager_epochs, run, as_json=as_json)
+
+
+def _side_by_side(
+    name: str,
+    made: Any,
+    options: dict[str, Any],
+    eager_epochs: int,
+    run: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Train in gear eager and in the chosen one, and say how that went."""
+    from loopscope.experiments.mnist import data
+    from loopscope.view import text
+    from loopscope.view.progress import ProgressLine
+
+    epochs, batch_size, scale = (options[n] for n in ("epochs", "batch_size", "scale"))
     loop, out = made.loop, text.console()
 
     def say(text: str) -> None:

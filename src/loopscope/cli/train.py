@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from loopscope.cli.beside import shown, view_option
 from loopscope.cli.common import (
     backend_option,
     command,
@@ -35,6 +37,7 @@ from loopscope.cli.common import (
 @click.option("--epochs", type=int, help="Passes.  [default: the experiment's]")
 @click.option("--estimate", is_flag=True, help="Only say how long it would take.")
 @workers_option
+@view_option
 @backend_option
 @seed_option
 @json_option
@@ -49,6 +52,7 @@ def train(
     epochs: int | None,
     estimate: bool,
     workers: int | None,
+    view: bool,
     backend: str | None,
     seed: int,
     as_json: bool,
@@ -63,6 +67,9 @@ def train(
     --workers N trains on N processes, which divide each batch: the same loop, the
     same numbers up to rounding. A process that TF_CONFIG, torchrun or srun has made a
     worker joins the others without it.
+
+    --view records a run and shows it in a browser. The page ends with the training; on
+    a terminal it stays until Ctrl-C.
     """
     from loopscope.cli.launch import end_with_launcher, launch, relaunched
 
@@ -101,10 +108,12 @@ def train(
         "gear": gear,
         "watch": watch,
     }
-    if run is None and experiment in BUILT_IN and not no_run:
+    if run is None and (view or experiment in BUILT_IN) and not no_run:
         run = together.of_chief(lambda: fresh_run(experiment))
     if run is not None and not no_run:
         changes["run"] = run
         changes["resume"] = resume
-    train_and_tell(made, changes, as_json=as_json)
+    page = view and together.chief
+    with shown(changes.get("run"), as_json=as_json) if page else nullcontext():
+        train_and_tell(made, changes, as_json=as_json)
     return 0

@@ -111,6 +111,8 @@ def _code_of(error: BaseException) -> int:
 
 def fresh_run(name: str) -> Path:
     """A folder for a run that was given none: runs/NAME-TIME."""
+    # An experiment may be named by its file: the function's name is enough.
+    name = name.rpartition(":")[2]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = Path("runs") / f"{name}-{stamp}"
     count = 1

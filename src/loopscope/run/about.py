@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import platform
 import sys
@@ -43,6 +44,7 @@ def manifest(
             None if callbacks is None else [memory.kind_of(c) for c in callbacks]
         ),
         "configuration": readable(identity.configuration(loop.model)),
+        "code": [[e.text, e.role, e.note] for e in loop.lines(callbacks)],
         "source": described(source),
         "machine": machine(),
     }
@@ -80,6 +82,27 @@ def described(source: Source | None) -> dict[str, Any] | None:
     }
 
 
+def shapes(loop: Loop) -> dict[str, str]:
+    """What flows out of the parts of a step, as far as it is known without running it.
+
+    Only while the loop trains.
+    """
+    found: dict[str, str] = {}
+    source, model = loop.data, loop.model
+    if source is None:
+        return found
+    specs = [s for s in _leaves(source.specs) if hasattr(s, "dtype")]
+    found["data"] = ", ".join(_shape(spec.shape, spec.dtype) for spec in specs)
+    rows = specs[0].shape[0] if specs and specs[0].shape else None
+    # A subclassed model does not know what it returns.
+    outputs = getattr(model, "outputs", None) or []
+    found["forward"] = ", ".join(_shape((rows, *t.shape[1:]), t.dtype) for t in outputs)
+    variables = model.trainable_variables
+    count = sum(math.prod(v.shape) for v in variables)
+    found["backward"] = f"{count:,} numbers in {len(variables)} variables"
+    return {role: text for role, text in found.items() if text}
+
+
 def machine() -> dict[str, Any]:
     """Where a run is made; for people, nothing is compared with it."""
     return {
@@ -108,6 +131,11 @@ def readable(value: Any) -> Any:
     if shape is not None:
         return f"{type(value).__name__} {getattr(value, 'dtype', '')}{list(shape)}"
     return value.__name__ if inspect.isroutine(value) else type(value).__name__
+
+
+def _shape(shape: Sequence[int | None], dtype: Any) -> str:
+    sizes = ", ".join("?" if n is None else str(n) for n in shape)
+    return f"({sizes}{',' if len(shape) == 1 else ''}) {dtype}"
 
 
 def _leaves(specs: Any) -> list[Any]:

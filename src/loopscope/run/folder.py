@@ -5,6 +5,8 @@ journal.sqlite                 what happened (journal.py)
 checkpoints/NAME.safetensors   every array the next step reads
 checkpoints/NAME.json          everything else, and the checksum of the arrays
 lock                           who writes
+live.json                      what a training says of itself while it runs (live.py)
+control.jsonl                  what a live training is asked to do (control.py)
 """
 
 from __future__ import annotations
@@ -60,6 +62,16 @@ class Folder:
         return self.path / "lock"
 
     @property
+    def live_path(self) -> Path:
+        """Of what a training says of itself."""
+        return self.path / "live.json"
+
+    @property
+    def control_path(self) -> Path:
+        """Of what a training is asked to do."""
+        return self.path / "control.jsonl"
+
+    @property
     def exists(self) -> bool:
         """Whether there is a run."""
         return self.manifest_path.exists()
@@ -81,6 +93,7 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             ours = {"run.json", "journal.sqlite", "checkpoints", "lock"}
+            ours |= {"live.json", "control.jsonl"}
             names = {n for n in os.listdir(self.path) if not n.startswith("journal.")}
             foreign = {n for n in names if not n.endswith(files.TEMPORARY)} - ours
             if not foreign or self.exists:
@@ -112,6 +125,8 @@ class Folder:
         """Take away what a run has left that never came to its first checkpoint."""
         for path in self.path.glob("journal.sqlite*"):
             path.unlink(missing_ok=True)
+        self.live_path.unlink(missing_ok=True)
+        self.control_path.unlink(missing_ok=True)
         self.manifest_path.unlink(missing_ok=True)
         self.__dict__.pop("manifest", None)
 

@@ -250,6 +250,7 @@ class EpochRow:
         steps: How many steps it had.
         logs: Its metrics.
         wall_s: Seconds, validation included.
+        time: When the row was written, in seconds since 1970.
     """
 
     epoch: int
@@ -257,6 +258,24 @@ class EpochRow:
     steps: int | None
     logs: dict[str, Any] | None
     wall_s: float | None
+    time: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Consecutive steps of one output, as a row holds them.
+
+    Attributes:
+        name: Of the output.
+        first: The first step.
+        values: One a step.
+        time: When the last of them came, in seconds since 1970.
+    """
+
+    name: str
+    first: int
+    values: np.ndarray
+    time: float
 
 
 class JournalReader:
@@ -267,12 +286,15 @@ class JournalReader:
         live: Whether a process may be writing it. Otherwise, where a crash has left a
             log beside the file, both are read from a copy.
         first: The number of the run's first step.
+        checked: Whether its pages were looked through before; that reads all of them.
 
     Raises:
         RunError: There is none, it is damaged, or of a later version.
     """
 
-    def __init__(self, path: Path, *, live: bool, first: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, live: bool, first: int = 0, checked: bool = False
+    ) -> None:
         self._path, self._first = path, first
         self._steps: list[tuple[Row, bool]] | None = None
         self._copy: tempfile.TemporaryDirectory[str] | None = None
@@ -293,7 +315,9 @@ class JournalReader:
             try:
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
                 (owner,) = self._db.execute("PRAGMA application_id").fetchone()
-                (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+                found = "ok"
+                if not checked:
+                    (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             except BaseException:
                 self.close()
                 raise
@@ -384,8 +408,27 @@ class JournalReader:
             for found, arrays in parts.items()
         }
 
-    def signals(self) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    def stretches(self, first: int = 0) -> list[Stretch]:
+        """The rows of steps that begin at step `first` or later, by step.
+
+        Unlike `scalars` it reads no row before, so that somebody who has read the
+        others need not do so again.
+
+        Raises:
+            RunError: A row is damaged.
+        """
+        rows = self.rows("steps", "WHERE first >= ?", first)
+        with self._reading():
+            return [
+                Stretch(name, at, np.frombuffer(data, np.dtype(dtype)), time)
+                for at, name, _, dtype, data, time in rows
+            ]
+
+    def signals(self, first: int = 0) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """The signals of watched steps, in stretches: their numbers, values by name.
+
+        Args:
+            first: The first step wanted; no stretch is cut for it.
 
         Raises:
             RunError: A row is damaged.
@@ -393,7 +436,8 @@ class JournalReader:
         if self._version < 2:
             return []
         found = []
-        for first, every, names, count, data, _ in self.rows("signals"):
+        rows = self.rows("signals", "WHERE first >= ?", first)
+        for first, every, names, count, data, _ in rows:
             with self._reading():
                 listed = json.loads(names)
                 values = np.frombuffer(data, "<f4").reshape(count, len(listed))
@@ -405,19 +449,30 @@ class JournalReader:
         """Every epoch that has begun."""
         return [
             EpochRow(
-                epoch, first, steps, None if logs is None else json.loads(logs), wall_s
+                epoch,
+                first,
+                steps,
+                None if logs is None else json.loads(logs),
+                wall_s,
+                time,
             )
-            for epoch, first, steps, logs, wall_s, _ in self.rows("epochs")
+            for epoch, first, steps, logs, wall_s, time in self.rows("epochs")
         ]
 
-    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+    def events(
+        self, kind: str | None = None, *, after: int = 0
+    ) -> list[dict[str, Any]]:
         """Every event: id, step, kind, time (seconds since 1970), and its data.
+
+        Args:
+            kind: Those of one kind.
+            after: Those whose number is above.
 
         Raises:
             RunError: A row is damaged or missing.
         """
-        rows = self.rows("events")
-        if [row[0] for row in rows] != list(range(1, len(rows) + 1)):
+        rows = self.rows("events", "WHERE id > ?", after)
+        if [row[0] for row in rows] != list(range(after + 1, after + len(rows) + 1)):
             raise RunError(f"{self._path} is damaged: an event is missing")
         return [
             {"id": id_, "step": step, "kind": k, "time": time, **json.loads(data)}

@@ -84,7 +84,7 @@ def summary(folder: Folder) -> Summary:
     path = str(folder.path)
     try:
         manifest = folder.manifest
-        found, problems = checkpoint.entries(folder.checkpoints_path)
+        found = checkpoint.entries(folder.checkpoints_path)
         writer = folder.writer()
         with journal(folder) as reader:
             epochs = [e for e in reader.epochs() if e.steps is not None]
@@ -93,22 +93,47 @@ def summary(folder: Folder) -> Summary:
             tail = reader.scalars(None, max(first, last - 1))
     except LoopscopeError as error:
         return Summary(path, "damaged", problem=str(error))
+    loss = next(iter(_loss_first(tail)), None)
+    return summed_up(
+        folder,
+        found,
+        epochs=len(epochs),
+        steps=last - first,
+        loss=float(loss[-1]) if loss is not None and len(loss) else None,
+        size_bytes=size_bytes(folder.path),
+        writer=writer,
+    )
+
+
+def summed_up(
+    folder: Folder,
+    checkpoints: tuple[Sequence[checkpoint.Entry], Sequence[str]],
+    *,
+    epochs: int,
+    steps: int,
+    loss: float | None,
+    size_bytes: int,
+    writer: dict[str, Any] | None,
+) -> Summary:
+    """A run on one line, from what was read of it."""
+    manifest, (found, problems) = folder.manifest, checkpoints
     ended = [e for e in found if e.content["finished"]]
     open_ends = [e for e in found if not e.content["finished"]]
-    loss = next(iter(_loss_first(tail)), None)
-    status = "running" if writer else "finished" if ended else "interrupted"
+    # A lock whose text is damaged still holds.
+    running = writer is not None
+    status = "running" if running else "finished" if ended else "interrupted"
     return Summary(
-        path,
+        str(folder.path),
         status,
         experiment=str(manifest["origin"].get("experiment") or _script(manifest)),
         backend=manifest["identity"]["backend"],
         gear=(found[-1].content["gear"] if found else manifest["identity"]["gear"]),
         created=manifest["created"],
-        epochs=len(epochs),
-        steps=last - first,
+        epochs=epochs,
+        steps=steps,
         resumable_step=open_ends[-1].step if open_ends else None,
-        loss=float(loss[-1]) if loss is not None and len(loss) else None,
-        size_bytes=_size_bytes(folder.path),
+        loss=loss,
+        size_bytes=size_bytes,
         writer=writer,
         problem="; ".join(problems),
     )
@@ -185,9 +210,11 @@ def epochs(folder: Folder) -> list[dict[str, Any]]:
     return found
 
 
-def curve(
-    folder: Folder, name: str, points: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Step, mean, least and greatest of each point."""
+
+
+def curve(folder: Folder, name: str, points: int) -> Curve:
     """A step's output in at most so many points: step, mean, least, greatest.
 
     Each of shape `(points,)`; what is not a number has no part in a point's values.
@@ -196,7 +223,16 @@ def curve(
         found = reader.scalars(name)
     if name not in found:
         raise RunError(f"The run {str(folder.path)!r} records no {name!r}")
-    first, values = found[name]
+    return points_of(*found[name], points)
+
+
+def points_of(first: int, values: np.ndarray, points: int) -> Curve:
+    """Values of the steps from `first` on, in at most so many points, as `curve`.
+
+    A point where nothing is finite has a mean that is none, and no least or greatest.
+    """
+    if not len(values):
+        return np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0)
     size = max(1, -(-len(values) // points))
     starts = np.arange(0, len(values), size)
     finite = np.isfinite(values)
@@ -214,7 +250,7 @@ def curve(
     return first + starts, mean, low, high
 
 
-def _size_bytes(path: Path) -> int:
+def size_bytes(path: Path) -> int:
     """Of all files; those of a live run come and go."""
     total = 0
     for file in path.rglob("*"):

@@ -54,6 +54,7 @@ from loopscope.run.folder import Folder, unwritable
 from loopscope.run.journal import JournalWriter
 from loopscope.run.plain import Arrays
 from loopscope.run.recording import Recording
+from loopscope.run.steering import Steering
 from loopscope.run.writer import PATIENCE_S, Limits, Writer
 from loopscope.run.writes import BARRIER, writes
 from loopscope.standing import Standing
@@ -154,6 +155,9 @@ class Recorder:
         """What has changed since the run was begun, where it goes on all the same."""
         self._signal: int | None = None
         self._asked = False
+        self._steering = Steering(loop, folder)
+        self._shaped = False
+        """Whether the journal has what flows out of the parts of a step."""
 
     # Beginning and end.
 
@@ -175,6 +179,7 @@ class Recorder:
                 self._begin(source, arguments)
             else:
                 self._prepare(self._past, source, arguments)
+        self._steering.begin()
         limits = {"train": self._until_due}
         loop.subscribe(self._hear_first, first=True)
         loop.subscribe(self._hear_last, chunk_steps=limits)  # type: ignore[arg-type]
@@ -191,6 +196,7 @@ class Recorder:
             self._end(None)
             self._leave("is finished", "could not be recorded to its end")
         finally:
+            self._steering.end()
             loop.saves(None)
             loop.unsubscribe(self._hear_first)
             loop.unsubscribe(
@@ -257,7 +263,7 @@ class Recorder:
     def _open(self, journal: JournalWriter) -> None:
         how = self._how
         limits = Limits(how.replay_steps, how.replay_s, how.disk_bytes)
-        self._writer = Writer(self._folder, journal, limits)
+        self._writer = Writer(self._folder, journal, limits, self._steering.live)
 
     def _go_on(self) -> None:
         """Cut the journal at the checkpoint: from here on this process writes."""
@@ -314,6 +320,7 @@ class Recorder:
     # Hearing.
 
     def _hear_first(self, event: Event) -> None:
+        self._steering.hear_first(event)
         match event:
             case ChunkEnd(phase="train"):
                 self._turn, self._before = 0, None
@@ -365,6 +372,9 @@ class Recorder:
             case Diagnosed():
                 findings = [f.as_dict() for f in event.findings]
                 self._event("doctor", **{**vars(event), "findings": findings})
+        self._steering.hear_last(event, self)
+        if isinstance(event, ChunkEnd) and self._can_save(event):
+            self._leave_if_told(self._passed)
         self._say_problems()
 
     def _before_chunk(self) -> None:
@@ -406,13 +416,13 @@ class Recorder:
         if self._writer is None:
             return
         self._run_s += event.wall_s
+        if not self._shaped:
+            self._shaped, shapes = True, about.shapes(self._loop)
+            self._writer.fact("shapes", lambda: shapes)
         values = {n: _number(v) for n, v in event.outputs.items() if _is_scalar(v)}
         self._writer.scalars(event.step, values)
         self._record_signals(event.signals)
-        within = self._listener is not None and self._listener.within_call
-        if self._passes > 1 or within:
-            # Only the first pass of an epoch has a place to go on from; and callbacks
-            # that were told of a beginning are to be told its end.
+        if not self._can_save(event):
             return
         elapsed_s = time.monotonic() - self._saved_s
         due = self._loop.step - self._saved_step >= self._how.replay_steps
@@ -422,6 +432,15 @@ class Recorder:
         if self._asked or due or (late and not self._writer.saving):
             self._put(self._capture())
         self._leave_if_told(None)
+
+    def _can_save(self, event: ChunkEnd) -> bool:
+        """Whether there is a place to go on from, now that a chunk has ended."""
+        if event.phase != "train":
+            return self._passed is not None
+        # Only the first pass of an epoch has a place to go on from; and callbacks
+        # that were told of a beginning are to be told its end.
+        within = self._listener is not None and self._listener.within_call
+        return self._passes <= 1 and not within
 
     def _record_signals(self, signals: Signals | None) -> None:
         if signals is None or not len(signals.steps):
@@ -489,7 +508,8 @@ class Recorder:
         step, most = self._loop.step, self._how.replay_steps
         stops = [self._saved_step + most] if self._saved_step >= 0 else []
         stops += [self._branch["step"]] if self._branch is not None else []
-        return min((stop - step for stop in stops if stop > step), default=most)
+        due = min((stop - step for stop in stops if stop > step), default=most)
+        return self._steering.chunk_steps(due)
 
     def _record_writes(self) -> bool:
         """Record what was assigned since the last look; whether it was too much."""
@@ -523,11 +543,12 @@ class Recorder:
 
     def _put(self, captured: Draft, *, best: bool = False) -> None:
         waits, self._best_waits, self._asked = self._best_waits, None, False
-        if waits is not None and waits.name == captured.name:
-            best = True
-        elif waits is not None and not best:
-            self._hand_over(waits, best=True)
-        self._hand_over(captured, best=best)
+        with self._steering.saving():
+            if waits is not None and waits.name == captured.name:
+                best = True
+            elif waits is not None and not best:
+                self._hand_over(waits, best=True)
+            self._hand_over(captured, best=best)
 
     def _hand_over(self, captured: Draft, *, best: bool) -> None:
         """Let the writer write a checkpoint that is not there already."""
@@ -560,6 +581,9 @@ class Recorder:
         """Where training stands, as a checkpoint for another thread to write."""
         barrier = self._record_writes() if standing is None else False
         at = standing or self._loop.standing(state=self._before)
+        if self._steering.stopped:
+            # By whoever looked at it: unlike a callback's, no end for good.
+            at = replace(at, stopped=False)
         extra: Arrays = {}
         source = self._loop.data
         name = checkpoint.name_of(at.step, self._turn, finished=finished)
@@ -589,6 +613,22 @@ class Recorder:
         )
 
     # Being told.
+
+    @property
+    def told_to_leave(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    def save_now(self, event: ChunkEnd) -> None:
+        """Save where training stands after a chunk, or as soon as that can be done."""
+        if self._writer is not None and self._can_save(event):
+            self._put(self._capture(self._passed))
+        else:
+            self._asked = True
+
+    def note(self, kind: str, **data: Any) -> None:
+        """Put an event into the journal."""
+        self._event(kind, **data)
 
     def _ask(self) -> None:
         self._asked = True

@@ -23,6 +23,7 @@ import numpy as np
 
 from loopscope.errors import RunError
 from loopscope.run import checkpoint as checkpoints
+from loopscope.run import live
 from loopscope.run.checkpoint import Draft, Entry
 from loopscope.run.files import HeldFolder
 from loopscope.run.folder import Folder
@@ -34,6 +35,9 @@ PATIENCE_S = 10.0
 
 FLUSH_S = 0.5
 """How long a step may wait in memory until it is in the journal."""
+
+TELL_S = 0.5
+"""How often it is written down what the training does."""
 
 BACKLOG_BYTES = 64 * 2**20
 """So much that could not be written is kept; then recording ends."""
@@ -71,10 +75,19 @@ class Writer:
         folder: The run.
         journal: Its journal, open for writing.
         limits: Of checkpoints.
+        does: What the training does now, for `live.json`; asked on the thread. `None`:
+            nobody says it.
     """
 
-    def __init__(self, folder: Folder, journal: JournalWriter, limits: Limits) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        journal: JournalWriter,
+        limits: Limits,
+        does: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
         self._folder, self._journal, self._limits = folder, journal, limits
+        self._does, self._told_s = does, 0.0
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._batch = Batch()
         self._next_event = journal.next_event()
@@ -170,9 +183,9 @@ class Writer:
     def _run(self) -> None:
         ended = False
         while not ended:
-            waited = [self._queue.get()]
+            waited: list[Any] = []
             until = time.monotonic() + FLUSH_S
-            while waited[-1][0] in ("scalars", "row", "event", "fact"):
+            while not waited or waited[-1][0] in ("scalars", "row", "event", "fact"):
                 try:
                     waited.append(
                         self._queue.get(timeout=max(0.0, until - time.monotonic()))
@@ -185,6 +198,22 @@ class Writer:
                 except Exception as error:  # Training must go on, whatever it is.
                     self._say("failed", f"recording failed: {error!r}")
             self._flush()
+            self._tell(now=ended)
+
+    def _tell(self, *, now: bool) -> None:
+        """Write down what the training does, if that is due."""
+        late = time.monotonic() - self._told_s >= TELL_S
+        if self._does is None or self.failed or not (now or late):
+            return
+        if _inode(self._folder) != self._identity:
+            return
+        self._told_s = time.monotonic()
+        try:
+            live.write(self._folder, self._does())
+        except OSError:
+            pass  # Nothing depends on it, and the journal says it of a full disk.
+        except Exception as error:
+            self._say("live", f"what the training does is not said: {error!r}")
 
     def _take(self, kind: str, rest: list[Any]) -> bool:
         if kind == "save":

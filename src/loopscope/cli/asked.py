@@ -1,0 +1,97 @@
+"""`python -m loopscope.cli.asked DIR`: answers the page's questions about a run.
+
+No command of the program: `loopscope view` starts it when somebody asks for what needs
+a framework. It reads questions from standard input and answers on standard output, a
+line of JSON each, and ends when the other end does. What is answered is the part of
+answering.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def main(path: Path) -> None:
+    """Answer questions about the run in a folder, one after the other."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # What libraries print is no answer.
+    with contextlib.suppress(OSError):
+        os.nice(10)  # A training on this machine comes first.
+    questions: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sys.stdin, questions), daemon=True).start()
+    answering: Any = None
+
+    def say(**said: Any) -> None:
+        print(json.dumps(_plain(said), allow_nan=False), file=answers, flush=True)
+
+    def goes_on() -> bool:
+        say(asks="go_on")
+        return bool(questions.get().get("go_on"))
+
+    while True:
+        question = questions.get()
+        try:
+            if answering is None:
+                say(text="starts the framework")
+                answering = _start(path)
+            answering.answer(question, say, goes_on)
+        except Exception as error:  # Whatever it is, the next question may be better.
+            say(error=_sentence(error), next=_next(error))
+
+
+def _start(path: Path) -> Any:
+    from loopscope.cli.common import start_backend_of
+
+    start_backend_of(path)
+    from loopscope.cli.answering import Answering
+
+    return Answering(path)
+
+
+def _read(lines: TextIO, questions: queue.SimpleQueue[dict[str, Any]]) -> None:
+    for line in lines:
+        questions.put(json.loads(line))
+    os._exit(0)  # Whoever asked is gone, in the middle of an answer perhaps.
+
+
+def _sentence(error: Exception) -> str:
+    from loopscope.errors import LoopscopeError
+
+    if isinstance(error, LoopscopeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _next(error: Exception) -> str:
+    from loopscope.errors import BackendError, UsageError
+
+    if isinstance(error, BackendError):
+        return "Install the framework that the run was recorded on."
+    if isinstance(error, UsageError):
+        return "`loopscope rewind` on the command line says the same."
+    return "`loopscope verify` on the command line shows the whole error."
+
+
+def _plain(value: Any) -> Any:
+    """JSON that every reader takes: what is not finite is text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""The page of `loopscope view`: a server that reads runs, and its browser side."""
