@@ -185,6 +185,8 @@ class Loop:
         """How a command can make this loop again, if one made it."""
         self.function: Callable[..., Any] | None = None
         """The function of the experiment that made it."""
+        self.hearing: list[Any] = []
+        """Calls with callbacks that are under way; those of the last one hear."""
         self._save: Callable[[], None] | None = None
         self._ahead: Ahead | None = None
         """The steps of the train step that are about to run."""
