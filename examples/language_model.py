@@ -99,13 +99,14 @@ class Write(keras.callbacks.Callback):
         self.written.append(self.text.read(numbers[LENGTH:]))
 
 
-def experiment(epochs=4, examples=250_000, write=200, gear="auto"):
+def experiment(epochs=4, examples=250_000, write=200, blocks=2, gear="auto"):
     """The training.
 
     Args:
         epochs: Passes over the text.
         examples: How many characters of the text are trained on.
         write: How many characters the model writes after an epoch.
+        blocks: How many blocks the model has.
         gear: As in `loopscope.Loop`.
     """
     keras.utils.set_random_seed(0)
@@ -113,7 +114,7 @@ def experiment(epochs=4, examples=250_000, write=200, gear="auto"):
     x, y = text.windows(every=LENGTH // 2)
     cut = 2 * examples // LENGTH
     loop = loopscope.Loop(
-        build_model(len(text.alphabet)),
+        build_model(len(text.alphabet), blocks=blocks),
         optimizer=keras.optimizers.AdamW(2e-3, weight_decay=0.01),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
