@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
@@ -40,6 +41,7 @@ FALLS = {"gan": "critic"}
 
 def made(name: str, function: str = "experiment", **changes: Any) -> Experiment:
     """An experiment of the examples, small and without validation."""
+    keras.utils.clear_session(free_memory=False)  # As a process that begins with it.
     options = {**SMALL[name], "gear": FUSED, **changes}
     found = load(f"{EXAMPLES / name}.py:{function}", options=options)
     for argument in ("validation_data", "validation_batch_size"):
@@ -105,8 +107,6 @@ def test_a_backbone_is_left_alone_until_it_is_let_go():
 
 
 def as_numpy(variable: Any) -> np.ndarray:
-    import keras
-
     return np.array(keras.ops.convert_to_numpy(variable))
 
 
@@ -155,7 +155,7 @@ def test_any_step_of_a_program_is_rewound_to_its_bits_and_opened_up(name, tmp_pa
     for step in (0, first.loop.step // 2 + 3, first.loop.step - 1):
         rewound = run.rewind(step)
         assert rewound.identical
-        assert rewound.opened.layers
+        assert rewound.look.layers
 
 
 @pytest.mark.slow
