@@ -616,7 +616,7 @@ class Loop:
             self._runner.trace(phase, specs)
 
     def _settle_alone(self, phase: Phase, specs: tuple[Any, ...]) -> None:
-        """`settle`, for a run; where several train, none runs what the others do not."""
+        """`settle`, where one process trains: of several, all must do the same."""
         if not self.together.several:
             self.settle(phase, specs)
 
