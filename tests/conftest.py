@@ -72,6 +72,7 @@ LATER_ON_TORCH = (
     "run/test_resume.py",
     "run/test_rewind.py",
     "test_examples.py",
+    "test_programs.py",
     "test_workers.py",
 )
 """As well, but processes that import PyTorch take long: left to the slow suite."""

@@ -438,6 +438,45 @@ def test_what_stops_evaluate_and_predict_is_obeyed():
             assert len(got) == 2 * SIZE
 
 
+def test_callbacks_of_a_training_do_not_hear_what_a_callback_evaluates_and_predicts(
+    capsys,
+):
+    class Hears(callbacks.Callback):
+        """Told of every hook; asks the model or the loop at the end of each epoch."""
+
+        def __init__(self, ask):
+            super().__init__()
+            self.ask, self.told = ask, []
+
+        def __getattribute__(self, name):
+            if name.startswith("on_") and name != "on_epoch_end":
+                self.told.append(name)
+            return super().__getattribute__(name)
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.told.append(f"epoch {epoch}")
+            self.ask.predict(X, verbose=0)
+            self.ask.evaluate(X, Y, verbose=0)
+            self.told.append("asked")
+
+    def told(fit, ask):
+        hears = Hears(ask)
+        fit(
+            X,
+            Y,
+            **{**OPTIONS, "epochs": 1},
+            validation_data=(X, Y),
+            verbose=2,
+            callbacks=[hears],
+        )
+        begun = hears.told.index("epoch 0")
+        lines = capsys.readouterr().out.splitlines()
+        return [n for n in hears.told[begun:] if "batch" not in n], len(lines)
+
+    loop, plain = Loop(model()), model()
+    assert told(loop.fit, loop) == told(plain.fit, plain)
+
+
 @pytest.mark.parametrize("verbose", [1, 2])
 def test_the_lines_of_the_bar_are_those_of_keras(verbose, capsys):
     def lines():

@@ -106,9 +106,11 @@ class CallbackListener:
         limits = {phase: self._limit(phase) for phase in PHASES if self._told[phase]}
         setattr(self._model, STOP[self._phase], False)
         self._loop.subscribe(self._hear, chunk_steps=limits)
+        self._loop.hearing.append(self)
         try:
             yield
         finally:
+            self._loop.hearing.remove(self)
             self._loop.unsubscribe(self._hear, chunk_steps=limits)
 
     def _hooked(self, phase: Phase) -> list[Any]:
@@ -134,6 +136,11 @@ class CallbackListener:
         return limit
 
     def _hear(self, event: Event) -> None:
+        # What a callback evaluates or predicts is not told to those of the training.
+        if self._loop.hearing[-1] is self:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
         match event:
             case TrainBegin():
                 self._callbacks.on_train_begin()

@@ -186,6 +186,8 @@ class Loop:
         """How a command can make this loop again, if one made it."""
         self.function: Callable[..., Any] | None = None
         """The function of the experiment that made it."""
+        self.hearing: list[Any] = []
+        """Calls with callbacks that are under way; those of the last one hear."""
         self._save: Callable[[], None] | None = None
         self._ahead: Ahead | None = None
         """The steps of the train step that are about to run."""
@@ -615,6 +617,11 @@ class Loop:
         with contextlib.suppress(Exception):
             self._runner.trace(phase, specs)
 
+    def _settle_alone(self, phase: Phase, specs: tuple[Any, ...]) -> None:
+        """`settle`, where one process trains: of several, all must do the same."""
+        if not self.together.several:
+            self.settle(phase, specs)
+
     def _build(self, phase: Phase, specs: tuple[Any, ...]) -> None:
         """Make the variables of a phase's step before there are data for it."""
         self._stage(phase)
@@ -627,6 +634,8 @@ class Loop:
         for phase in PHASES:
             if phase in start.specs and phase not in self._specs:
                 self._build(phase, start.specs[phase])
+            elif phase in self._specs:
+                self._settle_alone(phase, self._specs[phase])
         self.stand(start)
         self._cursor, self._logs = start.cursor, start.logs
         self._passes, self._tests = list(start.passes), start.tests
@@ -677,6 +686,9 @@ class Loop:
                 source.replay(self._passes if phase == "train" else tests)
             if phase == "train":
                 self.data = source
+                if self._save is not None:
+                    # So that the first checkpoint holds what an eager step builds.
+                    self._settle_alone(phase, source.specs)
             data = source.open(epoch, index)
             self._emit(PhaseBegin(phase, limit))
             try:

@@ -23,6 +23,7 @@ from models import (
     STEP,
     blobs,
     fresh,
+    gan,
     mixed_loop,
     quick_on_jax,
     small_loop,
@@ -100,6 +101,14 @@ def test_every_kind_of_model_and_step_goes_on_in_the_middle_of_an_epoch(
     more = keras.tree.map_structure(lambda a: np.concatenate([a] * 4), (x, y))
     fit = fit_arrays(*more, batch_size=rows, epochs=2)
     check(make, FUSED, fit, tmp_path, at=7)
+
+
+@pytest.mark.parametrize("at", [2, 7])
+def test_an_eager_step_goes_on_with_optimizers_that_its_first_run_builds(at, tmp_path):
+    make, (x, noise) = gan()
+    more = [np.concatenate([part] * 4) for part in (x, noise)]
+    fit = fit_arrays(*more, batch_size=len(x), epochs=2)
+    check(make, "eager", fit, tmp_path, at=at)
 
 
 @pytest.mark.parametrize("gear", ONE_GEAR)
