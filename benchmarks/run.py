@@ -315,6 +315,7 @@ def page_alone(chosen: argparse.Namespace, say: Say) -> None:
     import recording
     import report_recording
     import scaling
+    import viewing
     import watching
     from report import machine
 
@@ -325,6 +326,7 @@ def page_alone(chosen: argparse.Namespace, say: Say) -> None:
         "pytorch": (pytorch.measure, pytorch.page),
         "recording": (recording.measure, report_recording.page),
         "scaling": (scaling.measure, scaling.page),
+        "viewing": (viewing.measure, viewing.page),
         "watching": (watching.measure, watching.page),
     }
     measure, page = sections[name]
@@ -382,6 +384,7 @@ def options() -> argparse.Namespace:
             "pytorch",
             "recording",
             "scaling",
+            "viewing",
             "watching",
         ),
         help="measure this section alone and print its tables; writes no files, but "

@@ -57,7 +57,8 @@ def shown(run: Path | None, *, as_json: bool) -> Iterator[None]:
 
 @contextmanager
 def _page(run: Path, *, opens: bool) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "loopscope.cli", "view", str(run), "--json"]
+    program = [sys.executable, "-P", "-m", "loopscope.cli"]
+    command = [*program, "view", str(run), "--json"]
     process = subprocess.Popen(
         [*command, "--beside", *([] if opens else ["--no-open"])],
         stdin=subprocess.PIPE,

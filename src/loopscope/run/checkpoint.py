@@ -188,14 +188,26 @@ def read(folder: Path, name: str) -> Checkpoint:
     )
 
 
-def entries(folder: Path) -> tuple[list[Entry], list[str]]:
-    """The checkpoints in a folder, oldest first, and what is wrong with the others."""
+def entries(
+    folder: Path, known: dict[tuple[str, int], Entry] | None = None
+) -> tuple[list[Entry], list[str]]:
+    """The checkpoints in a folder, oldest first, and what is wrong with the others.
+
+    Args:
+        folder: Where they lie.
+        known: What was read before, by name and time: not read again, and added to.
+    """
     found, problems = [], []
+    known = {} if known is None else known
     for path in sorted(folder.glob("*.json")):
         try:
-            document = files.unseal(path.read_bytes(), str(path))
-            size_bytes = document["arrays_size_bytes"] + path.stat().st_size
-            entry = entry_of(path.stem, document, size_bytes)
+            stat = path.stat()
+            mark = (path.stem, stat.st_mtime_ns)
+            entry = known.get(mark)
+            if entry is None:
+                document = files.unseal(path.read_bytes(), str(path))
+                size_bytes = document["arrays_size_bytes"] + stat.st_size
+                entry = known[mark] = entry_of(path.stem, document, size_bytes)
         except FileNotFoundError:
             continue  # It was let go just now.
         except (RunError, OSError, KeyError, TypeError) as error:

@@ -7,6 +7,7 @@ read once is the part of reading.py.
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,7 @@ class Following:
         self._checked: Any = None
         self._seen = Seen()
         self._entries: tuple[Any, Any, int] = ((), None, 0)
+        self._known: dict[tuple[str, int], checkpoint.Entry] = {}
 
     def look(self) -> Seen:
         """What the run has shown up to now.
@@ -137,10 +139,12 @@ class Following:
             at = _stat(self.folder.checkpoints_path)
             if self._entries[0] != at:
                 path = self.folder.checkpoints_path
-                found = checkpoint.entries(path), reading.size_bytes(path)
-                self._entries = (at, *found)
+                found = checkpoint.entries(path, self._known)
+                self._entries = (at, found, reading.size_bytes(path))
             _, entries, size_bytes = self._entries
-        stats = [_stat(p) for p in (self.folder.manifest_path, *self._files())]
+        # Those beside it are few, and some of them grow.
+        with os.scandir(self.folder.path) as files:
+            stats = [_stat(Path(file)) for file in files if file.is_file()]
         return entries, size_bytes + sum(s[1] for s in stats if s)
 
     def _files(self) -> list[Path]:

@@ -155,7 +155,7 @@ class Recorder:
         """What has changed since the run was begun, where it goes on all the same."""
         self._signal: int | None = None
         self._asked = False
-        self._steering = Steering(loop, folder, self)
+        self._steering = Steering(loop, folder)
         self._shaped = False
         """Whether the journal has what flows out of the parts of a step."""
 
@@ -372,7 +372,7 @@ class Recorder:
             case Diagnosed():
                 findings = [f.as_dict() for f in event.findings]
                 self._event("doctor", **{**vars(event), "findings": findings})
-        self._steering.hear_last(event)
+        self._steering.hear_last(event, self)
         if isinstance(event, ChunkEnd) and self._can_save(event):
             self._leave_if_told(self._passed)
         self._say_problems()

@@ -58,11 +58,10 @@ class Steering:
     Args:
         loop: The loop that trains.
         folder: Its run.
-        recorded: The recorder.
     """
 
-    def __init__(self, loop: Loop, folder: Folder, recorded: Recorded) -> None:
-        self._loop, self._recorded = loop, recorded
+    def __init__(self, loop: Loop, folder: Folder) -> None:
+        self._loop = loop
         self._control = Control(folder, loop.together.size)
         self.clock = Clock()
         self.stopped = False
@@ -118,8 +117,13 @@ class Steering:
                     self.stopped = True
                     self._loop.stop()
 
-    def hear_last(self, event: Event) -> None:
-        """After everybody else: what comes next begins; and what was asked is done."""
+    def hear_last(self, event: Event, recorded: Recorded) -> None:
+        """After everybody else: what comes next begins; and what was asked is done.
+
+        Args:
+            event: What has happened.
+            recorded: The recorder, to save and to note.
+        """
         clock = self.clock
         match event:
             case EpochBegin(epochs=epochs):
@@ -129,7 +133,7 @@ class Steering:
             case ChunkEnd():
                 if event.phase == "train":
                     self._control.after_step()
-                self._obey(event)
+                self._obey(event, recorded)
                 if event.phase == "train":
                     clock.turn("data")
                     self._turned_s = time.perf_counter()
@@ -184,20 +188,20 @@ class Steering:
 
     # What is obeyed.
 
-    def _obey(self, event: ChunkEnd) -> None:
-        self._look(event)
+    def _obey(self, event: ChunkEnd, recorded: Recorded) -> None:
+        self._look(event, recorded)
         if not self._control.paused:
             return
         role = self.clock.role
         self.clock.turn(None)
-        while self._control.paused and not self._recorded.told_to_leave:
+        while self._control.paused and not recorded.told_to_leave:
             time.sleep(WAIT_S)
-            self._look(event)
+            self._look(event, recorded)
         self.clock.turn(role)
 
-    def _look(self, event: ChunkEnd) -> None:
+    def _look(self, event: ChunkEnd, recorded: Recorded) -> None:
         for taken in self._control.look():
-            self._recorded.note("control", **taken)
+            recorded.note("control", **taken)
         if self._control.saving:
             self._control.saving = False
-            self._recorded.save_now(event)
+            recorded.save_now(event)

@@ -246,11 +246,13 @@ class Process:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         job.text = "starts"
-        await self._say(job.question)
+        with contextlib.suppress(ConnectionError):  # It has ended, as is said below.
+            await self._say(job.question)
         while line := await self._process.stdout.readline():
             said = json.loads(line)
             if "asks" in said:  # Whether to go on with what takes longer.
-                await self._say({"go_on": not is_awaited()})
+                with contextlib.suppress(ConnectionError):
+                    await self._say({"go_on": not is_awaited()})
                 continue
             job.text = said.get("text", job.text)
             job.result = said.get("result", job.result)

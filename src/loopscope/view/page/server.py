@@ -283,10 +283,17 @@ def _whole(name: str, value: Any) -> int:
 
 def _json(document: Any, status: int = 200) -> Response:
     """JSON in which nothing can be taken for markup, whatever names a run has."""
-    text = json.dumps(plain(document), allow_nan=False, separators=(",", ":"))
+    try:
+        text = _dumped(document)
+    except (ValueError, TypeError):  # Few documents are not plain: try it first.
+        text = _dumped(plain(document))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Response(text, status, media_type="application/json")
+
+
+def _dumped(document: Any) -> str:
+    return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
 def plain(value: Any) -> Any:
