@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -169,6 +170,16 @@ def visit(browser, shown):
     for context in contexts:
         context.close()
     assert wrong == []
+
+
+@pytest.fixture
+def ending(shown):
+    """The id of one more live run, which a test may end."""
+    folder, _ = shown
+    with process("train", f"{EXPERIMENTS}:live", "--run", folder / "ending"):
+        while not (folder / "ending" / "live.json").exists():
+            time.sleep(0.1)
+        yield "ending"
 
 
 @pytest.fixture

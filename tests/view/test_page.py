@@ -236,6 +236,16 @@ def test_a_live_run_is_paused_stepped_and_resumed(visit, keep):
 
 
 @pytest.mark.slow
+def test_a_live_run_is_stopped_after_its_epoch(visit, ending):
+    page = visit(run=ending)
+    page.wait_for_selector("#do-stop[aria-disabled=false]")
+    page.click("#do-stop")
+    page.wait_for_selector("#gauge-status[data-state=finished]")
+    page.wait_for_selector("#why-not:has-text('this run is finished')")
+    page.wait_for_selector("#event-list li:has-text('finished')")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", ["en-US", "ko-KR"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_no_barrier(visit, keep, locale, theme):
