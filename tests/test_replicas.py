@@ -69,6 +69,10 @@ def test_the_copies_stay_equal(more):
     assert more["copies"] == {"copies": 2, "alike": True}
 
 
+def test_metrics_and_the_loss_go_along_with_the_gradients(found):
+    assert found["messages"] == 1
+
+
 def test_validation_prediction_and_small_batches(found):
     uses = found["uses"]
     assert uses["difference"] < 1e-6, uses
