@@ -35,6 +35,7 @@ COPIED = (
     "LICENSE",
     "NOTICE",
     "docs/**/*.md",
+    "docs/images/*.png",
     "benchmarks/*.md",
     "benchmarks/*.png",
     "examples/**/*",
