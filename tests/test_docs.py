@@ -158,7 +158,8 @@ def program(page):
     ],
     ids=lambda page: page.name,
 )
-def test_every_example_of_a_page_runs(page, tiny_data, tmp_path):
+def test_every_example_of_a_page_runs(page, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Some record a run in `runs`.
     # A file, since AutoGraph reads a step's source.
     file = tmp_path / f"{page.stem}.py"
     file.write_text(program(page), "utf-8")

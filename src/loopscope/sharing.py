@@ -32,6 +32,9 @@ class Sharing:
     def begin(self, state: State) -> None:
         """A training begins: look, and check before the first step."""
         self._checked = False
+        if self._together.several:
+            # Everywhere: a first reading may change how a variable is read after it.
+            state.values()
         self.look(state)
 
     def look(self, state: State) -> None:
