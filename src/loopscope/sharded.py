@@ -17,7 +17,7 @@ import numpy as np
 from loopscope.data import source
 from loopscope.data.feed import Feed, Native, Segment, Spec, on_host, placed
 from loopscope.data.source import Pass, Source
-from loopscope.data.stream import EpochOfStream, StreamSource
+from loopscope.data.stream import EpochOfStream, StreamSource, whole
 from loopscope.errors import DataError
 
 if TYPE_CHECKING:
@@ -265,8 +265,7 @@ class ShardedSource:
                     specs=self._scaled(feed.specs),
                     signature=("workers", size, *feed.signature),
                     parts=size,
-                ),
-                self._together.team,
+                )
             )
             self._last = feed, made
         return self._last[1]
@@ -283,15 +282,8 @@ class ShardedSource:
             self.specs,
             [placed(Spec(a.shape, a.dtype.name), self._backend.place) for a in arrays],
         )
-        placed_arrays = [self._backend.place(array) for array in arrays]
-        feed = Feed(
-            kind="whole",
-            arrays=keras.tree.pack_sequence_as(self.specs, placed_arrays),
-            order=None,
-            batch_size=len(arrays[0]),
-            specs=specs,
-            signature=("whole", repr(specs)),
-        )
+        batch = keras.tree.pack_sequence_as(self.specs, arrays)
+        feed = whole(batch, specs, len(arrays[0]), self._backend.place)
         return Segment(feed, 0, 1)
 
     def ended(self, steps: int) -> None:

@@ -30,7 +30,7 @@ class Together:
     """
 
     def __init__(self, team: Team) -> None:
-        self.team = team
+        self._team = team
         self.rank, self.size = team.rank, team.size
         self.chief = team.rank == 0
         self.several = team.size > 1
@@ -59,7 +59,7 @@ class Together:
         """
         self.refuse_alone()
         with self.guarded():
-            return self.team.gather(data)
+            return self._team.gather(data)
 
     def numbers(self, *mine: int) -> list[tuple[int, ...]]:
         """At most four whole numbers of each worker, by rank. All of them ask.
@@ -130,14 +130,14 @@ class Together:
         try:
             yield
         except Exception as error:
-            if self.several and self.team.lost(error):
+            if self.several and self._team.lost(error):
                 raise self._lost(error) from error
             raise
 
     def _exchange(self, message: tuple[str, Any]) -> tuple[str, Any]:
         with self.guarded():
             given = pickle.dumps(message) if self.chief else b""
-            found: tuple[str, Any] = pickle.loads(self.team.agree(given))
+            found: tuple[str, Any] = pickle.loads(self._team.agree(given))
             return found
 
     def _lost(self, error: Exception) -> WorkerError:

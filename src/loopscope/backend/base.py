@@ -272,13 +272,12 @@ class Backend(Protocol):
         """
         ...
 
-    def of_workers(self, feed: Feed, team: Team) -> Feed:
+    def of_workers(self, feed: Feed) -> Feed:
         """A feed on the device, made by all workers, each with its own rows.
 
         Args:
             feed: Arrays of this worker on the host, of kind `"slice"`; its
                 `batch_size` and `specs` are those of the whole batch, `parts` is set.
-            team: The workers.
 
         Raises:
             UsageError: The rows cannot lie on the devices so.

@@ -133,7 +133,7 @@ class JaxBackend:
         distribution = devices.check(model)
         return step if distribution is None else devices.spread(step, distribution)
 
-    def of_workers(self, feed: Feed, team: Team) -> Feed:
+    def of_workers(self, feed: Feed) -> Feed:
         return devices.assembled(feed)
 
     def along(self, count: Callable[[], Any], outputs: Sequence[Any]) -> bool:

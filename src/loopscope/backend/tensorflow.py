@@ -118,7 +118,7 @@ class TensorFlowBackend:
         strategy = replicas.strategy_of(model)
         return step if strategy is None else replicas.spread(step, strategy)
 
-    def of_workers(self, feed: Feed, team: Team) -> Feed:
+    def of_workers(self, feed: Feed) -> Feed:
         return replace(feed, arrays=map_structure(self.place, feed.arrays))
 
     def along(self, count: Callable[[], Any], outputs: Sequence[Any]) -> bool:

@@ -128,7 +128,7 @@ class TorchBackend:
         workers = joined()
         return step if workers is None else parts.spread(step, workers)
 
-    def of_workers(self, feed: Feed, team: Team) -> Feed:
+    def of_workers(self, feed: Feed) -> Feed:
         return replace(feed, arrays=map_structure(self.place, feed.arrays))
 
     def along(self, count: Callable[[], Any], outputs: Sequence[Any]) -> bool:

@@ -154,7 +154,7 @@ class StreamPass:
         rows = int(keras.tree.flatten(chunk[0])[0].shape[0])
         if loose is not None or not _is_dense(chunk[0]):
             (batch,) = chunk
-            return Segment(_whole(batch, specs, rows, self._place), 0, 1)
+            return Segment(whole(batch, specs, rows, self._place), 0, 1)
 
         def stack(*leaves: np.ndarray) -> Any:
             array = np.empty((capacity * rows, *leaves[0].shape[1:]), leaves[0].dtype)
@@ -591,7 +591,7 @@ def ran_dry(*, stacklevel: int) -> None:
     )
 
 
-def _whole(
+def whole(
     batch: tuple[Any, ...], specs: Any, rows: int, place: Callable[[Any], Any]
 ) -> Feed:
     """A feed of one batch that cannot be cut out of a longer array."""
