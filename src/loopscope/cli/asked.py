@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import queue
 import sys
@@ -21,6 +20,8 @@ from typing import Any, TextIO
 
 def main(path: Path) -> None:
     """Answer questions about the run in a folder, one after the other."""
+    from loopscope.run.plain import readable
+
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # What libraries print is no answer.
     with contextlib.suppress(OSError):
@@ -30,7 +31,7 @@ def main(path: Path) -> None:
     answering: Any = None
 
     def say(**said: Any) -> None:
-        print(json.dumps(_plain(said), allow_nan=False), file=answers, flush=True)
+        print(json.dumps(readable(said), allow_nan=False), file=answers, flush=True)
 
     def goes_on() -> bool:
         say(asks="go_on")
@@ -78,19 +79,6 @@ def _next(error: Exception) -> str:
     if isinstance(error, UsageError):
         return "`loopscope rewind` on the command line says the same."
     return "`loopscope verify` on the command line shows the whole error."
-
-
-def _plain(value: Any) -> Any:
-    """JSON that every reader takes: what is not finite is text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from loopscope.figures.cells import measured
+
 STYLE = """
 .loopscope { font: 14px/1.45 system-ui, sans-serif; color-scheme: light dark; }
 .loopscope table { border-collapse: collapse; margin: .3em 0 1em; }
@@ -68,17 +70,7 @@ def gears(reports: Sequence[Mapping[str, Any]]) -> str:
         if not r["available"]:
             rows.append((name, "", "", "", "", escape(r["reason"])))
             continue
-        paid = r["break_even_step"]
-        rows.append(
-            (
-                name,
-                f"{r['compile_seconds']:.2f}",
-                f"{r['ms_per_step']:.3f}",
-                "never" if paid is None else f"{paid:,} steps",
-                f"{r['max_relative_difference']:.1e}",
-                escape(r["reason"]),
-            )
-        )
+        rows.append((name, *measured(r), escape(r["reason"])))
     return fragment(table(columns, rows, escaped=True))
 
 

@@ -33,6 +33,26 @@ def encode(value: Any, arrays: Arrays, name: str) -> Any:
         raise NotPlain(f"{name}: it holds itself, or is nested too deep") from error
 
 
+def readable(value: Any) -> Any:
+    """A value for those who only read it: JSON that every reader takes.
+
+    Numbers that are not finite are text, and so is what is not plain data.
+    """
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {str(k): readable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [readable(v) for v in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if hasattr(value, "tolist"):  # A NumPy number or array.
+        return readable(value.tolist())
+    return str(value)
+
+
 def _encode(value: Any, arrays: Arrays, name: str) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str):

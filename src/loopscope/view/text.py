@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from loopscope.figures.cells import measured
+
 
 def console() -> Console:
     """Standard output: styled on a terminal, plain lines elsewhere."""
@@ -42,17 +44,7 @@ def gears(reports: Sequence[Mapping[str, Any]]) -> Table:
         if not r["available"]:
             rows.append((name, "-", "-", "-", "-", r["reason"]))
             continue
-        paid = r["break_even_step"]
-        rows.append(
-            (
-                name,
-                f"{r['compile_seconds']:.2f}",
-                f"{r['ms_per_step']:.3f}",
-                "never" if paid is None else f"{paid:,} steps",
-                f"{r['max_relative_difference']:.1e}",
-                r["reason"],
-            )
-        )
+        rows.append((name, *measured(r), r["reason"]))
     return table(columns, rows)
 
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import inspect
 import json
-import math
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +26,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from loopscope.errors import LoopscopeError
+from loopscope.run.plain import readable
 from loopscope.view.page.answers import Answers
 from loopscope.view.page.guard import App, Guard
 from loopscope.view.page.jobs import Jobs
@@ -286,7 +286,7 @@ def _json(document: Any, status: int = 200) -> Response:
     try:
         text = _dumped(document)
     except (ValueError, TypeError):  # Few documents are not plain: try it first.
-        text = _dumped(plain(document))
+        text = _dumped(readable(document))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Response(text, status, media_type="application/json")
@@ -294,23 +294,6 @@ def _json(document: Any, status: int = 200) -> Response:
 
 def _dumped(document: Any) -> str:
     return json.dumps(document, allow_nan=False, separators=(",", ":"))
-
-
-def plain(value: Any) -> Any:
-    """Plain data with numbers that are not finite as text, and no key but text."""
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if hasattr(value, "tolist"):  # A NumPy number or array.
-        return plain(value.tolist())
-    return str(value)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
