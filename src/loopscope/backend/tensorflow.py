@@ -169,7 +169,7 @@ class TensorFlowBackend:
         # plain operation takes half of the time of `variable.value()`.
         native = _native(variable)
         if isinstance(native, tf.distribute.DistributedValues):
-            return replicas.settled(native).read_value()
+            native = replicas.first(native)
         return tf.raw_ops.ReadVariableOp(resource=native.handle, dtype=native.dtype)
 
     def assign(self, variable: Any, value: Any) -> None:

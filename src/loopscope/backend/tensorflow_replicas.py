@@ -202,8 +202,9 @@ def gradient(tape: Any, loss: Any, variables: Sequence[Any]) -> list[Any]:
         count()
     assigned, means = _Assigned(part), part.means
     more = [*assigned.addends, *(_part_of(mean, part.share) for mean in means)]
-    sums = _all_reduced([*grads, *more])
-    found, rest = sums[: len(grads)], sums[len(grads) :]
+    packed = _Packed(more)
+    sums = _all_reduced([*grads, *packed.parts])
+    found, rest = sums[: len(grads)], packed.apart(sums[len(grads) :])
     assigned.settle(rest)
     totals = rest[len(assigned.natives) :]
     part.totals = {id(m): (m, t) for m, t in zip(means, totals, strict=True)}
@@ -257,26 +258,56 @@ a copy.
 def _summed(parts: Sequence[Any]) -> list[Any]:
     """The sums over all replicas, in as few messages as may be."""
     context, add = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
-    alone: list[int] = []
-    by_dtype: dict[Any, list[int]] = {}
-    for index, part in enumerate(parts):
-        size = None if isinstance(part, tf.IndexedSlices) else part.shape.num_elements()
-        if size is None or size * part.dtype.size > TOGETHER_BYTES:
-            alone.append(index)
-        else:
-            by_dtype.setdefault(part.dtype, []).append(index)
-    sums: dict[int, Any] = {}
-    if alone:
-        found = context.all_reduce(add, [parts[i] for i in alone])
-        sums.update(zip(alone, found, strict=True))
-    for indices in by_dtype.values():
-        shapes = [parts[i].shape for i in indices]
-        flat = tf.concat([tf.reshape(parts[i], [-1]) for i in indices], 0)
-        sizes = [shape.num_elements() for shape in shapes]
-        pieces = tf.split(context.all_reduce(add, flat), sizes)
-        for i, piece, shape in zip(indices, pieces, shapes, strict=True):
-            sums[i] = tf.reshape(piece, shape)
-    return [sums[index] for index in range(len(parts))]
+    packed = _Packed(parts)
+    large, small = packed.parts[: packed.alone], packed.parts[packed.alone :]
+    sums = list(context.all_reduce(add, large)) if large else []
+    return packed.apart([*sums, *(context.all_reduce(add, part) for part in small)])
+
+
+class _Packed:
+    """Small tensors put together, one vector of each dtype; large ones as they are.
+
+    Attributes:
+        parts: Large ones, then vectors.
+        alone: How many large ones.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        large: list[int] = []
+        by_dtype: dict[Any, list[int]] = {}
+        for index, part in enumerate(parts):
+            sparse = isinstance(part, tf.IndexedSlices)
+            size = None if sparse else part.shape.num_elements()
+            if size is None or size * part.dtype.size > TOGETHER_BYTES:
+                large.append(index)
+            else:
+                by_dtype.setdefault(part.dtype, []).append(index)
+        self._large, self._small, self.alone = (
+            large,
+            list(by_dtype.values()),
+            len(large),
+        )
+        self._shapes = {i: parts[i].shape for among in self._small for i in among}
+        self.parts = [parts[i] for i in large]
+        self.parts += [self._vector([parts[i] for i in among]) for among in self._small]
+
+    def _vector(self, tensors: Sequence[Any]) -> Any:
+        if all(not tensor.shape.rank for tensor in tensors):
+            return tf.stack(tensors)  # In one operation.
+        return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+
+    def apart(self, sums: Sequence[Any]) -> list[Any]:
+        """What has become of each of the tensors."""
+        found = dict(zip(self._large, sums, strict=False))
+        for among, vector in zip(self._small, sums[self.alone :], strict=True):
+            shapes = [self._shapes[i] for i in among]
+            if all(not shape.rank for shape in shapes):
+                found.update(zip(among, tf.unstack(vector), strict=True))
+                continue
+            pieces = tf.split(vector, [shape.num_elements() for shape in shapes])
+            for i, piece, shape in zip(among, pieces, shapes, strict=True):
+                found[i] = tf.reshape(piece, shape)
+        return [found[index] for index in range(len(found))]
 
 
 def _all_reduced(grads: Sequence[Any]) -> list[Any]:
@@ -407,6 +438,15 @@ def settled(native: Any) -> Any:
     return native
 
 
+def first(native: Any) -> Any:
+    """The first replica's copy of a variable, which has its value.
+
+    To read it as a plain variable takes a tenth of the time of `read_value`, which
+    looks for the replica that it is called in.
+    """
+    return settled(native).values[0]
+
+
 class _Assigned:
     """What one replica has assigned since variables had one value on all of them.
 
@@ -517,6 +557,7 @@ __all__ = [
     "applied",
     "assign",
     "differentiating",
+    "first",
     "gradient",
     "settled",
     "spread",
