@@ -57,6 +57,9 @@ from loopscope.together import Together
 CHUNK_S = 0.25
 """What a chunk aims to last: often enough for progress and Ctrl-C."""
 
+AGREED_CHUNK_S = 0.5
+"""The same where several processes agree on each: it takes them some milliseconds."""
+
 Listener = Callable[[Event], None]
 ChunkLimit = int | Callable[[int], int]
 """The most steps of a chunk, or a function of the position that a chunk starts at."""
@@ -839,7 +842,8 @@ class Loop:
         if every is not None:
             most = min(most, -index % every + 1)
         pace = self._step_s.get(phase)
-        return max(1, min(most, 8 if pace is None else int(CHUNK_S / pace)))
+        aim_s = AGREED_CHUNK_S if self.together.several else CHUNK_S
+        return max(1, min(most, 8 if pace is None else int(aim_s / pace)))
 
     def test(self, source: Source, limit: int | None = None) -> dict[str, Any]:
         """Run the test step over a source, or so many steps; metrics by name."""
