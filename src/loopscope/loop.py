@@ -475,10 +475,10 @@ class Loop:
             at = self.together.agreed(first())
             self._cursor = Cursor(at) if start is None else start.cursor
             if start is not None and not start.cursor.begun:
-                self._go_on(start)
                 if start.stopped:
                     epochs = start.cursor.epoch
-                start = None
+                resumed, start = self._go_on(start), None
+                self._emit(resumed)
             while self._cursor.epoch < epochs:
                 number = self._cursor.epoch
                 epoch = Epoch(self, number, epochs)
@@ -486,8 +486,8 @@ class Loop:
                 self._emit(EpochBegin(number, epochs))
                 self._cursor = Cursor(number, begun=True)
                 if start is not None:
-                    self._go_on(start)
-                    start = None
+                    resumed, start = self._go_on(start), None
+                    self._emit(resumed)
                 try:
                     yield epoch
                 except GeneratorExit:
@@ -632,8 +632,12 @@ class Loop:
             checks.build(self.model, specs, phase)
         self.settle(phase, specs)
 
-    def _go_on(self, start: Standing) -> None:
-        """Stand where another training stood; those who listen may set theirs."""
+    def _go_on(self, start: Standing) -> Resumed:
+        """Stand where another training stood.
+
+        What it returns is told to those who listen, who may set theirs, when nobody
+        holds the arrays of that training any more.
+        """
         for phase in PHASES:
             if phase in start.specs and phase not in self._specs:
                 self._build(phase, start.specs[phase])
@@ -649,7 +653,7 @@ class Loop:
                 self._meters.remember(start.meters)
         if start.stopped:
             self._stopped.add("train")
-        self._emit(Resumed(start.step, start.cursor.epoch, start.cursor.index))
+        return Resumed(start.step, start.cursor.epoch, start.cursor.index)
 
     def _finish_weights(self) -> None:
         """What Keras's optimizers do at the end: averages become the weights (EMA)."""

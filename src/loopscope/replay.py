@@ -582,7 +582,7 @@ class _Writes:
         variables = self._loop.state.variables
         backend = self._loop.backend
         for path, value in self._at.get(self._loop.step, ()):
-            backend.assign(variables[self._place[path]], backend.place(value))
+            backend.assign(variables[self._place[path]], value)
 
 
 class _Seen:

@@ -84,7 +84,7 @@ class State:
         by_path = set(values) == set(self._by_path)
         names = list(self._by_path) if by_path else list(values)
         pairs = list(zip(self._by_path, names, strict=False))
-        kinds = {path: _kind(value) for path, value in self.values().items()}
+        kinds = {path: _kind(variable) for path, variable in self}
         wrong = [
             f"{path}: {kinds[path]}, in the values {_kind(values[name])}"
             for path, name in pairs
@@ -106,8 +106,6 @@ class State:
     def write(self, values: Mapping[str, Any]) -> None:
         """Assign some variables by path, from arrays on the device or of NumPy."""
         for path, value in values.items():
-            if isinstance(value, np.ndarray):
-                value = self._backend.place(value)
             self._backend.assign(self._by_path[path], value)
 
     def values(self) -> dict[str, Any]:
@@ -155,4 +153,5 @@ def sha256(values: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def _kind(value: Any) -> str:
+    """Of an array or of a variable, whose value is not looked at."""
     return f"{dtype_name(value)}{list(value.shape)}"

@@ -1,5 +1,6 @@
 """A training that was ended anywhere and goes on ends in the bits it was coming to."""
 
+import gc
 import json
 import os
 import re
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 
 from loopscope import Recording
 from loopscope.errors import RunError, UsageError
-from loopscope.events import ChunkEnd, EpochEnd
+from loopscope.events import ChunkEnd, EpochEnd, Resumed
 from loopscope.run import reading
+from loopscope.run.checkpoint import Checkpoint
 from loopscope.run.folder import Folder
 from loopscope.run.lock import Lock, writer
+from loopscope.standing import Standing
+from loopscope.state import State
 from models import (
     ALL,
     FUSED,
@@ -398,6 +402,29 @@ def test_a_save_that_is_asked_for_comes_at_the_end_of_the_chunk(tmp_path):
     assert "000000000005-0.json" in saved
     with pytest.raises(UsageError, match="no run is being recorded"):
         loop.save()
+
+
+@pytest.mark.parametrize("at", [8, 11])
+def test_a_checkpoint_is_in_memory_no_more_when_the_state_is_read(
+    at, tmp_path, monkeypatch
+):
+    # Where variables are changed in place, to read them is to copy them.
+    path = ended(tmp_path, fit_arrays(X, Y), at=at)
+    loop = fresh(small_loop, STEP)
+    heard, held = [], []
+    loop.subscribe(heard.append)
+    real = State.values
+
+    def values(state):
+        if heard and isinstance(heard[-1], Resumed):
+            kinds = Standing, Checkpoint
+            found = [o for o in gc.get_objects() if type(o) in kinds]
+            held.append([o.step for o in found if o.state])
+        return real(state)
+
+    monkeypatch.setattr(State, "values", values)
+    fit_arrays(X, Y)(loop, run=path, resume=True)
+    assert held[0] == []
 
 
 # What is refused, with everything left as it was.

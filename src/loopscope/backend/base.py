@@ -334,7 +334,10 @@ class Backend(Protocol):
         ...
 
     def assign(self, variable: Any, value: Any) -> None:
-        """Set `variable` to `value`, outside of any step."""
+        """Set `variable` to `value`, outside of any step.
+
+        `value` is an array of the framework or of NumPy, whose memory is not shared.
+        """
         ...
 
     def same(self, a: Array, b: Array) -> bool:

@@ -175,6 +175,8 @@ class JaxBackend:
         return variable.value
 
     def assign(self, variable: Any, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            value = self.place(value)
         variable.assign(value)
 
     def same(self, a: Any, b: Any) -> bool:

@@ -173,6 +173,8 @@ class TensorFlowBackend:
         return tf.raw_ops.ReadVariableOp(resource=native.handle, dtype=native.dtype)
 
     def assign(self, variable: Any, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            value = self.place(value)
         native = _native(variable)
         if isinstance(native, tf.distribute.DistributedValues):
             replicas.assign(native, value)

@@ -170,7 +170,8 @@ class TorchBackend:
 
     def assign(self, variable: Any, value: Any) -> None:
         if isinstance(variable, Generator):
-            variable.assign(torch.as_tensor(value, dtype=torch.uint8, device="cpu"))
+            value = torch.tensor(value) if isinstance(value, np.ndarray) else value
+            variable.assign(value.to("cpu", torch.uint8))
             return
         native = _native(variable)
         with torch.no_grad():

@@ -333,10 +333,11 @@ class Recorder:
         match event:
             case Resumed():
                 assert self._past is not None
-                held = self._past.checkpoint
                 if self._remembers:
-                    memories, extra = held.content["callbacks"], held.extra
-                    memory.restore(self._callbacks, memories, dict(extra))
+                    held = self._past.checkpoint
+                    memories, extra = held.content["callbacks"], dict(held.extra)
+                    memory.restore(self._callbacks, memories, extra)
+                    del held
                 else:
                     memory.fill_history(self._callbacks, self._past.history)
                 self._past = self._past.without_arrays()
