@@ -2,16 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+
+from loopscope.figures import STATIC
 
 pytestmark = pytest.mark.once
 
 SPIKE = 60
 """The step of the run `spike` that has one."""
-
-STATIC = Path(__file__).parents[2] / "src" / "loopscope" / "view" / "page" / "static"
 
 
 def opened(page):

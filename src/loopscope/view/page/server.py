@@ -26,6 +26,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from loopscope.errors import LoopscopeError
+from loopscope.figures import STATIC
 from loopscope.run.plain import readable
 from loopscope.view.page.answers import Answers
 from loopscope.view.page.guard import App, Guard
@@ -36,8 +37,6 @@ from loopscope.view.page.shelf import Shelf
 HOST = "127.0.0.1"
 PORT = 8765
 """Taken where nobody else has it."""
-
-STATIC = Path(__file__).parent / "static"
 
 MOST_BYTES = 2**16
 """Of what is sent to the server at once."""
