@@ -25,6 +25,7 @@ from loopscope.figures import html
 from loopscope.gear import resolve
 from loopscope.look.alternatives import Alternative
 from loopscope.look.opened import OpenedStep
+from loopscope.look.shown import SIDE, shown
 from loopscope.look.why import Why, usual_gradient_norm, why
 from loopscope.run import changes, checkpoint, reading
 from loopscope.run.checkpoint import Checkpoint, Entry
@@ -173,6 +174,27 @@ class Rewound:
             "seconds": self.seconds,
             **(self.look.as_dict() if self.look is not None else {}),
         }
+
+
+def shown_again(rewound: Rewound, *, side: int = SIDE) -> dict[str, Any]:
+    """A step that was run again and opened up, as the page shows it.
+
+    Args:
+        rewound: The step.
+        side: The most pixels of a side of a picture.
+    """
+    assert rewound.look is not None
+    apart = rewound.first_difference
+    return {
+        **shown(rewound.look, side=side),
+        "epoch": rewound.epoch,
+        "batch_index": rewound.batch_index,
+        "gear": rewound.gear,
+        "learning_rate": rewound.learning_rate,
+        "recorded_loss": rewound.loss_recorded,
+        "same_bits": rewound.identical,
+        "difference": None if apart is None else str(apart),
+    }
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
-/** A step that is gone back to and opened: asking for it, walking on, laying it out. */
+/** A step that is gone back to and opened: asking for it, and walking on. */
 
 import { at, fill, h } from "./dom.js";
-import { examples } from "./examples.js";
-import { count, value } from "./format.js";
-import { heat } from "./heat.js";
+import { count } from "./format.js";
 import { busy, sorry, work } from "./jobs.js";
+import { layout } from "./opened.js";
 import { chosen, known, on, open, steps, tellAll } from "./store.js";
-import { layers, phases, variables } from "./tables.js";
 import { word } from "./words.js";
 
 const PATIENCE_MS = 200;
@@ -113,71 +111,5 @@ function have(opened, step) {
 function show(opened) {
   const place = at("step-found");
   place.classList.remove("old");
-  const first_ = opened.first_nonfinite;
-  fill(place,
-    h("div.facts", {}, facts(opened)),
-    first_ ? h("p.trouble", {}, h("strong", {}, word("step.nonfinite")), " ",
-      h("span", { lang: "en" }, nonfinite(first_))) : null,
-    bitsApart(opened),
-    opened.why?.length ? part("step.why", "why", story(opened.why)) : null,
-    part("step.examples", "pictures", examples(opened)),
-    h("div.columns", {},
-      part("step.heat", "heat", heat(opened.heat)),
-      part("step.layers", "layers", layers(opened.layers)),
-      part("step.variables", "variables", variables(opened)),
-      part("step.phases", "times", phases(opened.phases))),
-    opened.missing?.length ? part("step.missing", "missing",
-      h("ul", { lang: "en" }, opened.missing.map((text) => h("li", {}, text)))) : null);
-}
-
-const part = (title, name, node) =>
-  h("section.part", { class: `part ${name}` }, h("h3", {}, word(title)), node);
-
-function facts(opened) {
-  const differs = opened.loss_difference;
-  const bits = opened.same_bits;
-  return h("dl.gauges", {},
-    fact("step.place", word("step.batch", { epoch: (opened.epoch ?? 0) + 1,
-      index: count(opened.batch_index) })),
-    fact("gauge.gear", opened.gear ?? "–"),
-    fact("step.rate", value(opened.learning_rate)),
-    fact("step.loss", value(opened.loss, 7)),
-    fact("step.recorded", value(opened.recorded_loss, 7)),
-    fact("step.same", bits === true ? `✓ ${word("step.bits")}`
-      : bits === false ? `✗ ${word("step.nobits")}` : "–", bits === false ? "bad" : "good"),
-    differs !== null && differs !== undefined
-      ? fact("step.differs", value(differs, 3)) : null,
-    Object.entries(opened.losses ?? {}).length > 1
-      ? Object.entries(opened.losses).map(([name, of]) =>
-        h("div", {}, h("dt", {}, name), h("dd", {}, value(of, 6)))) : null);
-}
-
-/** Where a replay departs from the record, if it does. */
-function bitsApart(opened) {
-  if (opened.same_bits !== false || !opened.difference) return null;
-  const said = typeof opened.difference === "string"
-    ? opened.difference : JSON.stringify(opened.difference);
-  return h("p.trouble", {}, h("strong", {}, word("step.nobits")), " ",
-    h("span", { lang: "en" }, said));
-}
-
-const fact = (name, said, kind = null) =>
-  h("div", {}, h("dt", {}, word(name)), h("dd", { class: kind }, said));
-
-/** Sentences; what is indented belongs to the one before. */
-function story(sentences) {
-  const parts = [];
-  for (const line of sentences.flatMap((sentence) => sentence.split("\n"))) {
-    const under = line.startsWith("  ") && parts.length > 0;
-    if (!under) parts.push(h("div"));
-    parts.at(-1).append(h(under ? "p.under" : "p", {}, line.trim()));
-  }
-  return h("div.story", { lang: "en" }, parts);
-}
-
-function nonfinite(of) {
-  const where = of.layer ? ` in layer ${of.layer}` : "";
-  const when = of.phase ? `, ${of.phase}` : "";
-  const rows = of.examples?.length ? `, examples ${of.examples.slice(0, 8).join(", ")}` : "";
-  return `${of.what} ${of.name}${where}${when}${rows}`;
+  fill(place, layout(opened));
 }
