@@ -24,8 +24,9 @@ from loopscope.experiment import Experiment
 from loopscope.figures import html
 from loopscope.gear import resolve
 from loopscope.look.alternatives import Alternative
+from loopscope.look.html import fragment
 from loopscope.look.opened import OpenedStep
-from loopscope.look.shown import SIDE, shown
+from loopscope.look.shown import KEPT_SIDE, SIDE, in_notebook, shown
 from loopscope.look.why import Why, usual_gradient_norm, why
 from loopscope.run import changes, checkpoint, reading
 from loopscope.run.checkpoint import Checkpoint, Entry
@@ -151,8 +152,11 @@ class Rewound:
         return self.look.plot()
 
     def _repr_html_(self) -> str:
-        shown = html.rewound(self.as_dict())
-        return shown if self.look is None else shown + self.look._repr_html_()
+        said = html.rewound(self.as_dict())
+        if self.look is None:
+            return said
+        again = shown_again(self, side=KEPT_SIDE)
+        return in_notebook(again, said + fragment(self.look))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the states, as plain data."""

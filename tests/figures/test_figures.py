@@ -12,6 +12,7 @@ import loopscope
 from loopscope.compare import Comparison, GearReport
 from loopscope.doctor.finding import Finding
 from loopscope.errors import ExtraError, UsageError
+from loopscope.look import html
 from models import FUSED, blobs, fresh, numbers, small_loop
 
 pytestmark = pytest.mark.once
@@ -154,7 +155,7 @@ def test_a_step_that_was_run_again_shows_that_and_the_step(rewound):
     assert "the recorded bits" in text
     assert f"{rewound.loss_recorded:.9g}" in text
     assert "Gradients and updates" in text
-    assert rewound.look._repr_html_() in rewound._repr_html_()
+    assert html.fragment(rewound.look) in rewound._repr_html_()
 
 
 def test_a_step_that_was_not_opened_up_shows_what_there_is(run):

@@ -11,6 +11,7 @@ from keras import layers
 from looking import by_path
 
 from loopscope.errors import UsageError
+from loopscope.look import html
 from loopscope.look.opened import Change, NonFinite
 from loopscope.look.pictures import pictures, png
 from models import FUSED, blobs, fresh, numbers, small_loop
@@ -62,7 +63,7 @@ def test_a_page_shows_the_step_and_asks_for_nothing_from_elsewhere(step, tmp_pat
         assert output.path in text
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", text)
     assert "<script" not in text
-    assert step._repr_html_() in text
+    assert html.fragment(step) in text
 
 
 def test_names_cannot_write_into_the_page(step):

@@ -113,6 +113,18 @@ def browser(chromium):
         found.close()
 
 
+@pytest.fixture(scope="module")
+def undivided(browser, chromium):
+    """The same, with frames in the process of their page.
+
+    To a frame in another one, a language that is emulated comes late.
+    """
+    args = [*QUIET, "--disable-site-isolation-trials"]
+    found = browser.browser_type.launch(executable_path=chromium, args=args)
+    yield found
+    found.close()
+
+
 @pytest.fixture
 def visit(browser, shown):
     """Opens the page as someone would, and sees to it that nothing goes wrong.

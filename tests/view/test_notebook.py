@@ -90,4 +90,6 @@ def test_progress_is_one_output_of_a_cell_in_a_real_notebook():
     assert shown.data["text/html"].count("<tr>") == 3
     (bar,) = [o.text for o in book.cells[2].outputs if o.get("name") == "stdout"]
     assert bar.count("8/8") == 1
-    assert "Gradients and updates" in book.cells[3].outputs[0].data["text/html"]
+    step = book.cells[3].outputs[0].data["text/html"]
+    assert step.count("<iframe ") == 1
+    assert "Gradients and updates" in step

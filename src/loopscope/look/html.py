@@ -10,7 +10,8 @@ import numpy as np
 
 from loopscope.figures.html import fragment as shown_as
 from loopscope.figures.html import short, table
-from loopscope.look.pictures import data_uri, pictures
+from loopscope.look.pictures import pictures
+from loopscope.look.shown import KEPT_SIDE, small
 
 if TYPE_CHECKING:
     from loopscope.look.opened import Change, OpenedStep
@@ -20,7 +21,7 @@ SHOWN = 16
 
 
 def page(step: OpenedStep) -> str:
-    """A whole document."""
+    """A whole document, for a file: no script is in it."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>step {step.step}</title></head><body>{fragment(step)}</body></html>\n"
@@ -28,7 +29,7 @@ def page(step: OpenedStep) -> str:
 
 
 def fragment(step: OpenedStep) -> str:
-    """What a notebook shows."""
+    """What a notebook shows where scripts do not run."""
     first = step.first_nonfinite
     bad = (
         "" if first is None else f'<p class="bad">Not finite: {escape(str(first))}</p>'
@@ -96,7 +97,7 @@ def _examples(step: OpenedStep) -> str:
         image = (
             ""
             if shown is None
-            else f'<img alt="example {row}" src="{data_uri(shown[i])}"><br>'
+            else f'<img alt="example {row}" src="{small(shown[i], KEPT_SIDE)}"><br>'
         )
         caption = "<br>".join(escape(w) for w in (f"example {row}", *words))
         figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")

@@ -12,6 +12,7 @@ import numpy as np
 
 from loopscope.figures import plots
 from loopscope.look import file, html
+from loopscope.look.shown import KEPT_SIDE, in_notebook, shown
 from loopscope.look.stats import Stats, histogram, norm
 from loopscope.step import loss_of
 
@@ -251,7 +252,7 @@ class OpenedStep:
         return plots.step({**self.as_dict(), "step": self.step, "hover": self._said()})
 
     def _repr_html_(self) -> str:
-        return html.fragment(self)
+        return in_notebook(shown(self, side=KEPT_SIDE), html.fragment(self))
 
     def _said(self) -> list[str]:
         """What there is to say of each example beside its loss."""

@@ -5,11 +5,14 @@ Plain data; docs/page.md describes it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loopscope.figures.frame import framed
 from loopscope.look.pictures import data_uri, pictures
+from loopscope.run.plain import inert
 
 if TYPE_CHECKING:
     from loopscope.look.opened import OpenedStep
@@ -19,6 +22,9 @@ SHOWN = 64
 
 SIDE = 128
 """A larger picture is shown by some of its points."""
+
+KEPT_SIDE = 64
+"""The same in a notebook, whose file keeps what is shown."""
 
 
 def shown(look: OpenedStep, *, side: int = SIDE) -> dict[str, Any]:
@@ -38,6 +44,16 @@ def shown(look: OpenedStep, *, side: int = SIDE) -> dict[str, Any]:
     }
 
 
+def in_notebook(document: Mapping[str, Any], otherwise: str) -> str:
+    """What a notebook shows of a step: the page's own view.
+
+    Args:
+        document: As `shown` makes it.
+        otherwise: HTML, shown where scripts do not run.
+    """
+    return framed(f"Step {document['step']}, opened", inert(document), otherwise)
+
+
 def examples(look: OpenedStep, *, side: int = SIDE) -> list[dict[str, Any]]:
     """Every example, worst loss first, with a picture where it is one."""
     loss, order = look.loss_per_example, look.worst
@@ -48,7 +64,7 @@ def examples(look: OpenedStep, *, side: int = SIDE) -> list[dict[str, Any]]:
     for place, i in enumerate(order.tolist()):
         picture = None
         if found is not None and i < len(found) and place < SHOWN:
-            picture = _small(found[i], side)
+            picture = small(found[i], side)
         listed.append(
             {
                 "position": i,
@@ -62,7 +78,8 @@ def examples(look: OpenedStep, *, side: int = SIDE) -> list[dict[str, Any]]:
     return listed
 
 
-def _small(picture: np.ndarray, side: int) -> str:
+def small(picture: np.ndarray, side: int) -> str:
+    """A picture as the `src` of an `<img>`, of at most so many pixels a side."""
     every = -(-max(picture.shape[:2]) // side)
     return data_uri(np.ascontiguousarray(picture[::every, ::every]))
 

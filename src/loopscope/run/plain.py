@@ -7,6 +7,7 @@ goes among the arrays) or NumPy number.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -51,6 +52,24 @@ def readable(value: Any) -> Any:
     if hasattr(value, "tolist"):  # A NumPy number or array.
         return readable(value.tolist())
     return str(value)
+
+
+def inert(document: Any) -> str:
+    """JSON for those who only read it, in which nothing can be taken for markup.
+
+    Whatever names a run has, it may stand within HTML.
+    """
+    try:
+        text = _dumped(document)
+    except (ValueError, TypeError):  # Few documents are not plain: try it first.
+        text = _dumped(readable(document))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _dumped(document: Any) -> str:
+    return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
 def _encode(value: Any, arrays: Arrays, name: str) -> Any:

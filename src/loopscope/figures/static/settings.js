@@ -2,7 +2,7 @@
 
 import { at, fill, h } from "./dom.js";
 import { tellAll } from "./store.js";
-import { language, setLanguage, translate, word } from "./words.js";
+import { language, setLanguage, speaks, translate, word } from "./words.js";
 
 const THEMES = ["auto", "light", "dark"];
 const SIGNS = { auto: "◐", light: "☀", dark: "☾" };
@@ -29,8 +29,7 @@ function keep(name, value) {
 /** Take over what was chosen before, and draw the switches. */
 export function begin() {
   const chosen = kept("language", ["en", "ko"]);
-  const speaks = navigator.language.toLowerCase().startsWith("ko") ? "ko" : "en";
-  setLanguage(chosen ?? speaks);
+  setLanguage(chosen ?? speaks());
   paint();
   draw();
   translate(document);

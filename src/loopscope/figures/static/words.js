@@ -103,6 +103,7 @@ const EN = {
   "step.back": "Back",
   "step.on": "Forward",
   "step.of": "Step {step} of {steps}",
+  "step.number": "Step {step}",
   "step.keys": "The arrow keys ← and → walk too.",
   "step.place": "Where",
   "step.batch": "epoch {epoch}, batch {index}",
@@ -308,6 +309,7 @@ const KO = {
   "step.back": "이전",
   "step.on": "다음",
   "step.of": "스텝 {step} / {steps}",
+  "step.number": "스텝 {step}",
   "step.keys": "화살표 키 ←, →로도 이동할 수 있습니다.",
   "step.place": "위치",
   "step.batch": "에포크 {epoch}, 배치 {index}",
@@ -416,6 +418,9 @@ let spoken = "en";
 
 /** `en` or `ko`. */
 export const language = () => spoken;
+
+/** Which of them the browser asks for. */
+export const speaks = () => (navigator.language.toLowerCase().startsWith("ko") ? "ko" : "en");
 
 /** Speak another language from now on. */
 export function setLanguage(name) {

@@ -27,7 +27,7 @@ from starlette.staticfiles import StaticFiles
 
 from loopscope.errors import LoopscopeError
 from loopscope.figures import STATIC
-from loopscope.run.plain import readable
+from loopscope.run.plain import inert
 from loopscope.view.page.answers import Answers
 from loopscope.view.page.guard import App, Guard
 from loopscope.view.page.jobs import Jobs
@@ -281,18 +281,7 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _json(document: Any, status: int = 200) -> Response:
-    """JSON in which nothing can be taken for markup, whatever names a run has."""
-    try:
-        text = _dumped(document)
-    except (ValueError, TypeError):  # Few documents are not plain: try it first.
-        text = _dumped(readable(document))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Response(text, status, media_type="application/json")
-
-
-def _dumped(document: Any) -> str:
-    return json.dumps(document, allow_nan=False, separators=(",", ":"))
+    return Response(inert(document), status, media_type="application/json")
 
 
 async def _refused(request: Request, error: Exception) -> Response:
