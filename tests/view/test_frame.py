@@ -81,6 +81,7 @@ def notebook(browser):
         if scripts:
             into = "html => { document.querySelector('#output').innerHTML = html }"
             page.evaluate(into, html)
+        page.wrong = wrong
         return page
 
     yield notebook
@@ -180,6 +181,48 @@ def test_where_scripts_do_not_run_the_static_form_stays(step, notebook, change, 
 def test_it_is_shown_under_a_policy_that_lets_only_scripts_within_run(step, notebook):
     frame = within(notebook(step._repr_html_(), policy=STRICT))
     assert frame.locator(".examples img").first.evaluate("i => i.naturalWidth") == 28
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "document.images[0].src = 'https://example.com/a.png'",
+        "fetch('https://example.com/').catch(() => null)",
+        "document.head.append(Object.assign(document.createElement('script'), "
+        "{ textContent: 'window.hurt = 1' }))",
+    ],
+    ids=["a picture", "anything", "a script"],
+)
+def test_the_policy_of_the_frame_refuses_what_it_did_not_bring(step, notebook, ask):
+    page = notebook(step._repr_html_())
+    frame = within(page)
+    page.wrong.clear()
+    refused, came = [], []
+    page.on("requestfailed", lambda asked: refused.append(asked.failure))
+    page.on("requestfinished", lambda asked: came.append(asked.url))
+    frame.evaluate(f"() => {{ {ask} }}")
+    page.wait_for_timeout(200)
+    assert frame.evaluate("window.hurt") is None
+    assert "Content Security Policy" in page.wrong[0]
+    assert came == []
+    assert set(refused) <= {"csp"}
+    page.wrong.clear()
+
+
+@pytest.mark.slow
+def test_it_stands_before_anyone_has_scrolled_to_it(step, notebook):
+    above = '<div style="height: 9000px"></div>'
+    within(notebook(above + step._repr_html_()))
+
+
+@pytest.mark.slow
+def test_a_theme_that_is_switched_is_taken_over(step, notebook):
+    page = notebook(step._repr_html_())
+    frame = within(page)
+    for look, theme in ((DARK, "dark"), (LIGHT, "light")):
+        page.evaluate(f"document.body.style = '{look}'")
+        frame.wait_for_selector(f"html[data-theme={theme}]")
 
 
 @pytest.mark.slow

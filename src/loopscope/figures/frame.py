@@ -16,19 +16,25 @@ from loopscope.figures import STATIC
 from loopscope.figures.modules import script
 
 HELLO = """
-const frame = this, otherwise = this.nextElementSibling, pipe = new MessageChannel();
+const frame = this, around = this.parentNode, otherwise = this.nextElementSibling;
+const pipe = new MessageChannel();
+const tell = () => pipe.port1.postMessage(getComputedStyle(around).color);
 pipe.port1.onmessage = ({ data }) => {
-  frame.style.display = 'block';
+  frame.style.height = data > 0 ? `${Math.min(data, 20000)}px` : '24rem';
+  frame.style.visibility = 'visible';
   otherwise.style.display = 'none';
-  if (data > 0) frame.style.height = `${Math.min(data, 20000)}px`;
+  tell();
 };
-const colour = getComputedStyle(frame.parentNode).color;
-frame.contentWindow.postMessage(colour, '*', [pipe.port2]);
+frame.contentWindow.postMessage(null, '*', [pipe.port2]);
+around.ontransitionend = tell;
+tell();
 """
-"""Run by the notebook once the frame is loaded: static/alone.js answers.
+"""Run by the notebook once the frame is loaded: static/alone.js answers with a height.
 
-Only then is the frame shown, in place of what stands below it. Where scripts do not
-run, or where the frame or this has been taken out, nobody answers, and that stays.
+Only then is the frame seen, in place of what stands below it. Where scripts do not run,
+or where the frame or this has been taken out, nobody answers, and that stays. The frame
+is told the colour of the notebook's text, now and, since what is around it has a
+transition, when it changes.
 """
 
 
@@ -44,8 +50,9 @@ def framed(title: str, content: str, otherwise: str) -> str:
     for character, name in (("&", "amp"), ("'", "#x27"), ("<", "lt"), (">", "gt")):
         document = document.replace(character, f"&{name};")
     return (
-        f'<div><iframe title="{escape(title)}" sandbox="allow-scripts" '
-        'style="display: none; width: 100%; height: 24rem; border: 0" '
+        '<div style="transition: color 1ms">'
+        f'<iframe title="{escape(title)}" sandbox="allow-scripts" style="visibility: '
+        'hidden; display: block; width: 100%; height: 1px; border: 0" '
         f"onload=\"{escape(HELLO.strip())}\" srcdoc='{document}'></iframe>"
         f"<div>{otherwise}</div></div>"
     )

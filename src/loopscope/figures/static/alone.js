@@ -20,14 +20,14 @@ function begin() {
   addEventListener("message", meet);
 }
 
-/** The document around says in which colour it writes, and is told how high this is. */
-function meet({ source, data, ports: [pipe] }) {
+/** The document around is told how high this is, and says in which colour it writes. */
+function meet({ source, ports: [pipe] }) {
   if (source !== parent || !pipe) return;
-  paint(data);
-  pipe.postMessage(0); // It stands; it is not measured before it is seen.
-  new ResizeObserver(() => {
-    pipe.postMessage(Math.ceil(document.body.getBoundingClientRect().height));
-  }).observe(document.body);
+  const tell = () => pipe.postMessage(Math.ceil(document.body.getBoundingClientRect().height));
+  pipe.onmessage = ({ data }) => paint(data);
+  // Not by the observer alone: it sleeps where a frame is not on the screen.
+  tell();
+  new ResizeObserver(tell).observe(document.body);
 }
 
 /** A notebook has a theme of its own: where it writes in a light colour, it is dark. */
