@@ -54,10 +54,11 @@ def test_mnist_gives_each_caller_arrays_of_their_own(arrays):
     assert arrays["x_train"][0].any()
 
 
-def test_a_built_wheel_holds_mnist_and_the_type_marker():
+def test_a_built_wheel_holds_what_is_no_code():
     """What the build backend would pack, asked without building."""
     files = {
         file.distribution_path
         for file in WheelBuilder(str(ROOT)).recurse_included_files()
     }
     assert {"loopscope/datasets/mnist.npz", "loopscope/py.typed"} <= files
+    assert {f"loopscope/figures/static/{n}" for n in ("alone.js", "style.css")} <= files
