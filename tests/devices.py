@@ -100,14 +100,33 @@ def batchnorm_and_dropout():
     return make, blobs(BATCH)
 
 
-def agrees(name, gear, over="data_parallel"):
-    """Two steps, the second one of five rows, which two devices cannot divide."""
+def trained(name, gear, count, over="data_parallel"):
+    """A model after so many rows, on one device and on several."""
     own = {"batchnorm_and_dropout": batchnorm_and_dropout}
     make, data = own.get(name, getattr(models, name, None))()
-    rows = keras.tree.map_structure(
-        lambda a: np.concatenate([a] * 2)[: BATCH + 5], data
-    )
-    return apart(*both(make, gear, *rows, over=globals()[over]))
+    rows = keras.tree.map_structure(lambda a: np.concatenate([a] * 2)[:count], data)
+    return both(make, gear, *rows, over=globals()[over])
+
+
+def agrees(name, gear, over="data_parallel"):
+    """Two steps, the second one of five rows, which two devices cannot divide."""
+    return apart(*trained(name, gear, BATCH + 5, over))
+
+
+def first_steps(gear, *names):
+    """The norm of what a variable differs by after one step, relative to its own.
+
+    Of each model: the variable for which it is largest.
+    """
+    found = {}
+    for name in names:
+        (_, one, _), (_, other, _) = trained(name, gear, BATCH)
+        norms = {p: np.linalg.norm(one[p].astype("float64")) for p in one}
+        of = {p: np.linalg.norm(one[p] - other[p].astype("float64")) for p in one}
+        of = {p: float(of[p] / max(norms[p], 1e-30)) for p in one}
+        worst = max(of, key=of.get)
+        found[name] = {"path": worst, "difference": of[worst]}
+    return found
 
 
 def agree(gear, *names):
