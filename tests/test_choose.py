@@ -398,16 +398,20 @@ def test_tests_run_without_xla_where_it_pays_only_just():
 
 def test_the_reason_says_when_compiling_with_xla_does_not_pay():
     trials = {"graph": Trial(1e-3, 0.2), "xla": Trial(2e-3, 2.0)}
-    assert choose._reason("graph", trials, 1500, False) == (
+
+    def reason(*given, **more):
+        return choose._in_a_line(choose._because(*given, **more))
+
+    assert reason("graph", trials, 1500, False) == (
         "graph for 1,500 steps (measured: graph 1 ms/step, xla 2 ms/step), about 1.7 s;"
         " compiling with XLA does not pay here"
     )
     faster = {"graph": Trial(1e-3, 0.2), "fused-xla": Trial(2e-4, 1.0)}
-    assert choose._reason("fused-xla", faster, 10_000, False, copies=2) == (
+    assert reason("fused-xla", faster, 10_000, False, copies=2) == (
         "fused-xla for 10,000 steps (measured: graph 1 ms/step, fused-xla 0.2 ms/step),"
         " about 4 s, ahead of graph after 2,000 steps"
     )
-    assert choose._reason("xla", {"xla": FAST}, None, True) == (
+    assert reason("xla", {"xla": FAST}, None, True) == (
         "xla for an unknown number of steps (measured before: xla 0.1 ms/step)"
     )
 

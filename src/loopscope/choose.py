@@ -64,9 +64,15 @@ class Choice:
 
     train: Gear
     test: Gear
-    reason: str
+    because: Mapping[str, Any]
+    """What speaks for it, as plain data."""
     wall_s: float
     trials: Mapping[str, Trial]
+
+    @property
+    def reason(self) -> str:
+        """The same in a line."""
+        return _in_a_line(self.because)
 
     @property
     def step_s(self) -> dict[str, float]:
@@ -97,8 +103,8 @@ def choose(
     except Exception as error:
         # A step that raises will raise in training too, where it can be told which.
         plain = runner.backend.gears[0]
-        reason = f"{plain.name}, since a trial raised {type(error).__name__}"
-        return Choice(plain, plain, reason, time.perf_counter() - began, {})
+        because = {"why": "raised", "gear": plain.name, "error": type(error).__name__}
+        return Choice(plain, plain, because, time.perf_counter() - began, {})
     finally:
         runner.state.restore(before)
         runner.finished = 0
@@ -116,7 +122,7 @@ def choose(
     return Choice(
         GEARS[best],
         _test_gear(best, trials, horizon),
-        _reason(best, trials, steps, bool(known), copies),
+        _because(best, trials, steps, bool(known), copies),
         wall_s,
         trials,
     )
@@ -265,31 +271,48 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _reason(
+def _because(
     best: str,
     trials: Mapping[str, Trial],
     steps: int | None,
     remembered: bool,
     copies: int = 1,
-) -> str:
-    listed = ", ".join(
-        f"{name} {1e3 * t.step_s:.3g} ms/step" for name, t in trials.items()
-    )
-    length = "an unknown number of" if steps is None else f"{steps:,}"
-    origin = "measured before" if remembered else "measured"
-    text = f"{best} for {length} steps ({origin}: {listed})"
+) -> dict[str, Any]:
+    """What speaks for the gear that ends first, as plain data."""
     surest = next(iter(trials))
-    paid = break_even(trials[best], trials[surest], copies)
-    if steps is not None:
-        text += f", about {in_words(trials[best].total_s(steps, copies))}"
-    if best != surest and paid is not None:
-        text += f", ahead of {surest} after {paid:,} steps"
-    slower = [
-        name
-        for name, t in trials.items()
-        if GEARS[name].jit_compile and t.step_s > min(x.step_s for x in trials.values())
-    ]
-    if slower and not GEARS[best].jit_compile:
+    least_s = min(t.step_s for t in trials.values())
+    return {
+        "why": "measured",
+        "gear": best,
+        "steps": steps,
+        "remembered": remembered,
+        "step_s": {name: trial.step_s for name, trial in trials.items()},
+        "total_s": None if steps is None else trials[best].total_s(steps, copies),
+        "surest": surest,
+        "ahead_after": (
+            None if best == surest else break_even(trials[best], trials[surest], copies)
+        ),
+        "xla_loses": not GEARS[best].jit_compile
+        and any(GEARS[n].jit_compile and t.step_s > least_s for n, t in trials.items()),
+    }
+
+
+def _in_a_line(because: Mapping[str, Any]) -> str:
+    if because["why"] == "raised":
+        return f"{because['gear']}, since a trial raised {because['error']}"
+    listed = ", ".join(
+        f"{name} {1e3 * step_s:.3g} ms/step"
+        for name, step_s in because["step_s"].items()
+    )
+    steps, paid = because["steps"], because["ahead_after"]
+    length = "an unknown number of" if steps is None else f"{steps:,}"
+    origin = "measured before" if because["remembered"] else "measured"
+    text = f"{because['gear']} for {length} steps ({origin}: {listed})"
+    if because["total_s"] is not None:
+        text += f", about {in_words(because['total_s'])}"
+    if paid is not None:
+        text += f", ahead of {because['surest']} after {paid:,} steps"
+    if because["xla_loses"]:
         text += "; compiling with XLA does not pay here"
     return text
 

@@ -19,9 +19,21 @@ doctor finds as a training begins is no exception but a `DoctorWarning`.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LoopscopeError(Exception):
-    """Base of every exception raised by loopscope."""
+    """Base of every exception raised by loopscope.
+
+    Args:
+        *said: What is wrong and what to do, in English.
+        code: A name for it, where a view has words of another language for it.
+        **about: What those words need.
+    """
+
+    def __init__(self, *said: object, code: str = "", **about: Any) -> None:
+        super().__init__(*said)
+        self.code, self.about = code, about
 
 
 class UsageError(LoopscopeError, ValueError):

@@ -136,6 +136,9 @@ class Incident(Event):
         text: All of it in a sentence.
         opened: The step, opened up: a `loopscope.look.opened.OpenedStep`; `None` where
             that failed.
+        begins: `first` as plain data; `None` where it is empty.
+        of_data: Whether `examples` are rows of the data.
+        problem: Why it could not be looked into; empty if it could.
     """
 
     kind: Literal["nonfinite", "spike"]
@@ -147,6 +150,9 @@ class Incident(Event):
     first: str
     text: str
     opened: Any = field(default=None, repr=False)
+    begins: Mapping[str, Any] | None = None
+    of_data: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,12 +201,13 @@ class Compiled(Event):
 
 @dataclass(frozen=True)
 class GearChosen(Event):
-    """`auto` has decided; `reason` is one line."""
+    """`auto` has decided; `reason` is one line, `because` the same as plain data."""
 
     gear: str
     reason: str
     wall_s: float
     measured: Mapping[str, float] = field(default_factory=dict)
+    because: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,9 +219,11 @@ class Diagnosed(Event):
         checks: The names of the checks that it has made.
         why_not: Why it has looked at data only, and into no step; else empty.
         wall_s: Seconds that training has waited for it.
+        because: `why_not` as plain data; empty as well if it is.
     """
 
     findings: tuple[Finding, ...]
     checks: tuple[str, ...]
     why_not: str
     wall_s: float
+    because: Mapping[str, Any] = field(default_factory=dict)

@@ -930,7 +930,8 @@ class Loop:
             reason = f"eager, since the step cannot be traced ({cause})"
             warnings.warn(reason, stacklevel=5)
             self.gear = EAGER
-            self._emit(GearChosen(EAGER.name, reason, 0.0))
+            because = {"why": "untraceable", "gear": EAGER.name, "cause": cause}
+            self._emit(GearChosen(EAGER.name, reason, 0.0, because=because))
             return EAGER
         return gear
 
@@ -939,7 +940,11 @@ class Loop:
         choice = choose(self._runner, source, steps=steps, cache=self._cache)
         self._gear, self._test_gear = choice.train, choice.test
         self.choice = GearChosen(
-            choice.train.name, choice.reason, choice.wall_s, choice.step_s
+            choice.train.name,
+            choice.reason,
+            choice.wall_s,
+            choice.step_s,
+            choice.because,
         )
         self._emit(self.choice)
         return choice.train

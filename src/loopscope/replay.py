@@ -66,6 +66,9 @@ class Departure:
         replayed: What came out now.
         relative: |recorded - replayed| / |recorded|.
         causes: What may be the reason, the likeliest first.
+        kinds: What each of them is about: an entry of `loopscope.run.identity.CAUSES`,
+            `"source"`, or `"unknown"`.
+        details: What exactly, for each of them; may be empty.
     """
 
     step: int
@@ -74,6 +77,12 @@ class Departure:
     replayed: float
     relative: float
     causes: Sequence[str] = ()
+    kinds: Sequence[str] = ()
+    details: Sequence[str] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, and in words."""
+        return {**asdict(self), "text": str(self)}
 
     def __str__(self) -> str:
         """One line a cause."""
@@ -197,7 +206,7 @@ def shown_again(rewound: Rewound, *, side: int = SIDE) -> dict[str, Any]:
         "learning_rate": rewound.learning_rate,
         "recorded_loss": rewound.loss_recorded,
         "same_bits": rewound.identical,
-        "difference": None if apart is None else str(apart),
+        "difference": None if apart is None else apart.as_dict(),
     }
 
 
@@ -511,17 +520,19 @@ class Replayer:
                 a, b = was[other[0]].item(), now[other[0]].item()
                 relative = abs(a - b) / abs(a) if a else float("inf")
                 step = first + int(other[0])
-                found.append(Departure(step, name, a, b, relative, self._causes()))
+                found.append(Departure(step, name, a, b, relative, *self._causes()))
         return min(found, key=lambda d: d.step, default=None)
 
-    def _causes(self) -> tuple[str, ...]:
+    def _causes(self) -> tuple[tuple[str, ...], ...]:
+        """Likely causes in words, what each is about, and what exactly."""
         inexact = self._source.inexact()
-        causes = [f"the data: {inexact}"] if inexact else []
+        causes = [(f"the data: {inexact}", "source", inexact)] if inexact else []
         meaning = dict(CAUSES)
         for difference in self.differences:
             root = difference.path.partition("/")[0]
-            causes.append(f"{meaning.get(root, root)} ({difference})")
-        return tuple(causes or [UNKNOWN])
+            words = f"{meaning.get(root, root)} ({difference})"
+            causes.append((words, root, str(difference)))
+        return tuple(zip(*(causes or [(UNKNOWN, "unknown", "")]), strict=True))
 
     def _checkpoint_before(self, run: _Run, step: int) -> Checkpoint:
         """The nearest checkpoint at or before a step that is whole."""
@@ -555,7 +566,9 @@ class Replayer:
                 return read
         raise RunError(
             f"Step {step} cannot be reached from any checkpoint: "
-            + "; ".join(problems or ["there is none before it"])
+            + "; ".join(problems or ["there is none before it"]),
+            code="unreachable",
+            step=step,
         )
 
     def _read(self, entry: Entry) -> Checkpoint:
@@ -710,7 +723,11 @@ class _Run:
         if not isinstance(step, int) or not self.first <= step < self.last:
             raise UsageError(
                 f"The run has the steps {self.first} to {self.last - 1}. "
-                f"Received: step={step!r}"
+                f"Received: step={step!r}",
+                code="no_step",
+                step=step,
+                first=self.first,
+                last=self.last - 1,
             )
 
     def epoch_of(self, step: int) -> EpochRow:
@@ -746,7 +763,8 @@ def _entries(folder: Folder) -> list[Entry]:
     if not found:
         raise RunError(
             f"The run {str(folder.path)!r} has no checkpoint to replay from"
-            + "".join(f"; {problem}" for problem in problems)
+            + "".join(f"; {problem}" for problem in problems),
+            code="no_checkpoint",
         )
     return found
 

@@ -350,7 +350,9 @@ def _refuse_code_in_runs(folder: Folder, name: str, place: str) -> None:
             its = "its own folder" if own else f"the folder of the run {str(found)!r}"
             raise RunError(
                 f"The run {str(folder.path)!r} names code inside of {its} ({file}). "
-                "Nothing in a run folder is executed; keep code elsewhere."
+                "Nothing in a run folder is executed; keep code elsewhere.",
+                code="code_inside",
+                file=str(file),
             )
 
 
@@ -394,7 +396,9 @@ def experiment_of(folder: Folder) -> Experiment:
             f"The run {str(folder.path)!r} was begun by `fit` in a script ({script}), "
             "so it cannot be made again by name. To go on, run the script with "
             "`fit(..., run=..., resume=True)`; to look into it, give "
-            "`open_run(path, experiment=loopscope.Experiment(loop, x=..., ...))`."
+            "`open_run(path, experiment=loopscope.Experiment(loop, x=..., ...))`.",
+            code="by_script",
+            script=script,
         )
     name, place = origin["function"], folder.manifest["working_folder"]
     _refuse_code_in_runs(folder, name, place)

@@ -6,8 +6,8 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from loopscope.gear import Gear
@@ -29,6 +29,18 @@ model.compute_metrics(x, y, y_pred)""",
 }
 """What the built-in steps do."""
 
+NOTES = {
+    "checked": "refused before a step runs",
+    "measured": "chosen by measuring",
+    "gear": "gear {gear}",
+    "fused": "gear {gear}, many steps in one call",
+    "inside": "inside the step",
+    "judged": "spikes, the first value not finite",
+    "doctor": "cheap checks, once, unless doctor=False",
+    "kept": "metrics of training kept aside",
+}
+"""Remarks; a view may have other words for them."""
+
 ROLES = {
     "apply": r"\.(stateless_)?apply(_gradients)?\(|\.step\(\)|\.minimize\(",
     "backward": r"\bgradients?\b|value_and_grad|\.backward\(|scale_loss",
@@ -49,11 +61,14 @@ class Line:
             `"forward"`, `"loss"`, `"backward"`, `"apply"`, `"metrics"`,
             `"validation"`, `"callbacks"`; `None` for what is none of these.
         note: A remark.
+        about: What the remark is, where it is one of `NOTES`: `note`, its name there,
+            and what stands in its braces.
     """
 
     text: str
     role: str | None = None
     note: str = ""
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 def listing(lines: Sequence[Line]) -> str:
@@ -99,33 +114,27 @@ def _lines(
 
     optimizer = type(getattr(model, "optimizer", None)).__name__
     yield _line(0, f"# model {model.name!r}, optimizer {optimizer}")
-    yield _line(0, "check(data, labels, shapes)", None, "refused before a step runs")
+    yield _noted(0, "check(data, labels, shapes)", None, "checked")
     yield from hook(0, "on_train_begin")
     yield _line(0, "for epoch in range(initial_epoch, epochs):", "epoch")
     yield _line(1, "reset(metrics)", "epoch")
     yield from hook(1, "on_epoch_begin")
-    how = "chosen by measuring" if gear is None else f"gear {gear.name}"
-    fused = gear is not None and gear.fused
-    yield _line(
-        1,
-        "for x, y in train:",
-        "data",
-        f"{how}{', many steps in one call' if fused else ''}",
-    )
+    how = "measured" if gear is None else "fused" if gear.fused else "gear"
+    about = {} if gear is None else {"gear": gear.name}
+    yield _noted(1, "for x, y in train:", "data", how, **about)
     yield from hook(2, "on_train_batch_begin")
     yield from _step(2, "train", steps["train"])
     if watch is not None:
         yield _line(2, f"if step % {watch} == 0:", "step")
-        yield _line(3, "measure(gradients, activations)", "step", "inside the step")
+        yield _noted(3, "measure(gradients, activations)", "step", "inside")
     yield from hook(2, "on_train_batch_end")
     if watch is not None:
-        yield _line(2, "judge(chunk)", None, "spikes, the first value not finite")
+        yield _noted(2, "judge(chunk)", None, "judged")
     yield _line(2, "if this is the first chunk:")
-    yield _line(3, "doctor(step)", None, "cheap checks, once, unless doctor=False")
+    yield _noted(3, "doctor(step)", None, "doctor")
     yield _line(1, "if validation_data and epoch is due:", "validation")
     yield from hook(2, "on_test_begin")
-    kept = "metrics of training kept aside"
-    yield _line(2, "for x, y in validation_data:", "validation", kept)
+    yield _noted(2, "for x, y in validation_data:", "validation", "kept")
     yield from hook(3, "on_test_batch_begin")
     yield from _step(3, "test", steps["test"])
     yield from hook(3, "on_test_batch_end")
@@ -184,6 +193,12 @@ def _role(statement: str) -> str | None:
 
 def _line(indent: int, code: str, role: str | None = None, note: str = "") -> Line:
     return Line("    " * indent + code, role, note)
+
+
+def _noted(indent: int, code: str, role: str | None, note: str, **about: str) -> Line:
+    """A line with one of `NOTES`."""
+    remark = NOTES[note].format(**about)
+    return Line("    " * indent + code, role, remark, {"note": note, **about})
 
 
 def _has(callback: Any, hook: str) -> bool:

@@ -272,18 +272,6 @@ def test_language_and_theme_are_switched_and_remembered(visit):
     assert page.inner_text("#name") == "spike"
 
 
-def test_no_word_is_missing_in_either_language():
-    text = (STATIC / "words.js").read_text("utf-8")
-    english, korean = text.split("const KO")
-    keys = re.compile(r'^  "([^"]+)":', re.M)
-    assert keys.findall(english) == keys.findall(korean)
-    code = "".join(file.read_text("utf-8") for file in STATIC.glob("*.js"))
-    named = set(re.findall(r'\bword\("([^"]+)"', code))
-    page = (STATIC / "index.html").read_text("utf-8")
-    named |= set(re.findall(r'data-word="([^"]+)"', page))
-    assert named <= set(keys.findall(english))
-
-
 def test_hostile_names_are_text_and_nothing_else(visit, keep):
     page = visit()
     page.locator("nav button", has_text="onerror").click()

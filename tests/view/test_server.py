@@ -92,7 +92,7 @@ def answered(client, what, status=200, **query):
 def test_a_name_of_another_machine_that_leads_here_is_refused(client, host):
     answer = client.get("/api/runs", headers={"Host": host})
     assert answer.status_code == 403
-    assert set(answer.json()) == {"error", "next"}
+    assert set(answer.json()) == {"error", "next", "code", "about"}
 
 
 @pytest.mark.parametrize(
@@ -366,6 +366,7 @@ def test_a_wrong_question_is_told_what_to_do(client, query, status):
     found = answered(client, "curve", status, **query)
     assert found["error"]
     assert found["next"]
+    assert (found["code"] != "") == (status == 404)
 
 
 @pytest.mark.parametrize("body", ["", "[]", "{", "[" * 5000, '{"run": 3}', "1" * 10**5])
@@ -445,7 +446,9 @@ def test_a_step_is_opened_in_another_process(folder):
         assert shown[0]["picture"].startswith("data:image/png;base64,")
         losses = [example["loss"] for example in shown]
         assert losses == sorted(losses, reverse=True)
-        assert step["why"][0].startswith("Step 123 has a loss of")
+        assert step["why"]["step"] == 123
+        assert step["why"]["story"][0].startswith("Step 123 has a loss of")
+        assert step["why"]["earlier"][1]["kind"] == "half_rate"
         heat = step["heat"]
         assert heat["paths"][0] == "mnist/dense_1/kernel"
         assert len(heat["paths"]) == len(heat["gradient_norm"]) == 6
@@ -454,6 +457,8 @@ def test_a_step_is_opened_in_another_process(folder):
         job = page.job("open", run="mnist", step=2000)
         assert job["state"] == "failed"
         assert "the steps 0 to 199" in job["error"]["error"]
+        assert job["error"]["code"] == "no_step"
+        assert job["error"]["about"] == {"step": 2000, "first": 0, "last": 199}
         job = page.job("open", run="<i>hostile/a&b", step=0)
         assert "begun by `fit` in a script" in job["error"]["error"]
         workers = children(page.process.pid)

@@ -34,7 +34,7 @@ class Answering:
 
         Args:
             question: `kind`, and what it needs.
-            say: Told `text` (what is done now), `result`, and at the end `done`.
+            say: Told `doing` (as a job has it), `result`, and at the end `done`.
             goes_on: Whether to do what takes longer and is not needed by all.
 
         Raises:
@@ -46,32 +46,40 @@ class Answering:
             case "compare":
                 say(result=self._compare(say), done=True)
             case "doctor":
-                say(text="makes the experiment")
+                say(doing={"what": "experiment"})
                 made = self._experiment()
-                found = made.doctor(progress=lambda check: say(text=f"checks {check}"))
+                found = made.doctor(
+                    progress=lambda check: say(doing={"what": "check", "check": check})
+                )
                 say(result=found.as_dict(), done=True)
 
     def _open(self, step: int, say: Say, goes_on: Callable[[], bool]) -> None:
-        say(text=f"rewinds to step {step}")
+        say(doing={"what": "rewind", "step": step})
         rewound = self._run.rewind(step)
         if rewound.look is None:
-            raise RunError(f"Step {step} cannot be opened up: it runs in no eager gear")
-        result = {**shown_again(rewound), "steps": self._run.summary.steps, "why": None}
-        say(text=f"asks why the loss of step {step} is what it is", result=result)
+            raise RunError(
+                f"Step {step} cannot be opened up: it runs in no eager gear",
+                code="not_opened",
+                step=step,
+            )
+        steps = self._run.summary.steps
+        result = {**shown_again(rewound), "steps": steps, "why": None, "why_not": ""}
+        say(doing={"what": "why", "step": step}, result=result)
         if goes_on():
             try:
-                result["why"] = self._run.why(step).story()
+                result["why"] = self._run.why(step).as_dict()
             except LoopscopeError as error:
-                result["why"] = [str(error)]
+                result["why_not"] = str(error)
         say(result=result, done=True)
 
     def _compare(self, say: Say) -> dict[str, Any]:
-        say(text="makes the experiment")
+        say(doing={"what": "experiment"})
         made = self._experiment()
         names = ("x", "y", "sample_weight", "batch_size")
         arguments = {n: v for n, v in made.arguments.items() if n in names}
         rows = made.loop.compare(
-            **arguments, progress=lambda gear: say(text=f"measures {gear}")
+            **arguments,
+            progress=lambda gear: say(doing={"what": "measure", "gear": gear}),
         )
         return {"rows": [row.as_dict() for row in rows]}
 

@@ -41,11 +41,11 @@ def main(path: Path) -> None:
         question = questions.get()
         try:
             if answering is None:
-                say(text="starts the framework")
+                say(doing={"what": "framework"})
                 answering = _start(path)
             answering.answer(question, say, goes_on)
         except Exception as error:  # Whatever it is, the next question may be better.
-            say(error=_sentence(error), next=_next(error))
+            say(error=_error(error))
 
 
 def _start(path: Path) -> Any:
@@ -63,22 +63,22 @@ def _read(lines: TextIO, questions: queue.SimpleQueue[dict[str, Any]]) -> None:
     os._exit(0)  # Whoever asked is gone, in the middle of an answer perhaps.
 
 
-def _sentence(error: Exception) -> str:
-    from loopscope.errors import LoopscopeError
+def _error(error: Exception) -> dict[str, Any]:
+    """What went wrong, and what to do, as the page gets it."""
+    from loopscope.errors import BackendError, LoopscopeError, UsageError
+    from loopscope.view.page.refusal import as_error
 
-    if isinstance(error, LoopscopeError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
-
-
-def _next(error: Exception) -> str:
-    from loopscope.errors import BackendError, UsageError
-
+    if not isinstance(error, LoopscopeError):
+        do = "`loopscope verify` on the command line shows the whole error."
+        return as_error(f"{type(error).__name__}: {error}", do, code="raised")
     if isinstance(error, BackendError):
-        return "Install the framework that the run was recorded on."
-    if isinstance(error, UsageError):
-        return "`loopscope rewind` on the command line says the same."
-    return "`loopscope verify` on the command line shows the whole error."
+        do, code = "Install the framework that the run was recorded on.", "no_framework"
+    elif isinstance(error, UsageError):
+        do, code = "`loopscope rewind` on the command line says the same.", "refused"
+    else:
+        do = "`loopscope verify` on the command line shows the whole error."
+        code = "raised"
+    return as_error(str(error), do, code=error.code or code, **error.about)
 
 
 if __name__ == "__main__":

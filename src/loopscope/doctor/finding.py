@@ -20,9 +20,10 @@ class Finding:
         severity: `"error"`: what is learnt is not what was meant. `"warning"`: it costs
             speed, accuracy or the chance to repeat it.
         message: What it is, in one sentence.
-        measured: The numbers that say so.
         where: The layer, variable, argument or line.
         change: What to change.
+        measured: The numbers that say so.
+        kind: Which of the things that the check finds; empty where it finds one only.
     """
 
     check: str
@@ -31,6 +32,7 @@ class Finding:
     where: str
     change: str
     measured: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
 
     @property
     def link(self) -> str:

@@ -12,7 +12,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,14 @@ CALL_S, VARIABLE_S, SLOWER, COPIED_BYTES_S = 0.05, 2e-3, 4.0, 2.5e8
 WHOLE, FORWARD = 1.0, 0.35
 """Where a look has to be compiled: of what compiling the step took, all or the forward
 pass alone."""
+
+WHY_NOT = {
+    "eager": "in gear eager the step's own Python code would run once too often",
+    "replicas": "the step runs on several replicas",
+    "long": "it would take about {seconds:.1f} s",
+    "raised": "{error}",
+}
+"""Why no step is looked into; a view may have other words for it."""
 
 
 def wanted() -> bool:
@@ -121,12 +129,13 @@ class FirstChunk:
             )
             with _set_aside():
                 found, made = glance.findings()
-            why_not = glance.why_not
+            because = glance.because
         except Exception as error:
             # Whatever goes wrong with looking, training goes on.
-            why_not = f"{type(error).__name__}: {error}"
+            because = _raised(error)
         wall_s = time.perf_counter() - began
-        self._tell(Diagnosed(tuple(found), made, why_not, wall_s))
+        event = Diagnosed(tuple(found), made, _why_not(because), wall_s, because)
+        self._tell(event)
         for finding in found:
             if finding.severity == "error" and finding.where not in self._said():
                 # As far up as the call of `fit`.
@@ -168,14 +177,19 @@ class Glance(Facts):
         self.segment, self._until = segment, until
         self._took_s = 0.0
         self._compiled = self._forward_only = False
-        self.why_not = self._why_not(step_s)
-        """Why no step was looked into; empty if one was."""
+        self.because = self._because(step_s)
+        """Why no step was looked into, one of `WHY_NOT`; empty if one was."""
 
-    def _why_not(self, step_s: float) -> str:
+    @property
+    def why_not(self) -> str:
+        """The same in words."""
+        return _why_not(self.because)
+
+    def _because(self, step_s: float) -> dict[str, Any]:
         if self.gear is None or (self.gear == EAGER and self.own):
-            return "in gear eager the step's own Python code would run once too often"
+            return {"why": "eager"}
         if self.backend.distribution(self.model) is not None:
-            return "the step runs on several replicas"
+            return {"why": "replicas"}
         forecast_s = look_s(step_s, self.runner)
         if not self.backend.runs_eagerly_at_once:
             compile_s = self.runner.stages["train"].compile_s
@@ -183,8 +197,8 @@ class Glance(Facts):
             self._forward_only = forecast_s + WHOLE * compile_s > self._time_left_s()
             forecast_s += (FORWARD if self._forward_only else WHOLE) * compile_s
         if forecast_s > self._time_left_s():
-            return f"it would take about {forecast_s:.1f} s"
-        return ""
+            return {"why": "long", "seconds": forecast_s}
+        return {}
 
     @cached_property
     def first(self) -> Seen:
@@ -195,7 +209,7 @@ class Glance(Facts):
         seen = (self._forward if self._forward_only else self._look)(self.segment)
         self._took_s = time.perf_counter() - began
         if seen.error is not None:
-            self.why_not = f"{type(seen.error).__name__}: {seen.error}"
+            self.because = _raised(seen.error)
         return seen
 
     def _forward(self, segment: Segment) -> Seen:
@@ -323,6 +337,14 @@ def _set_aside() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def _raised(error: Exception) -> dict[str, Any]:
+    return {"why": "raised", "error": f"{type(error).__name__}: {error}"}
+
+
+def _why_not(because: Mapping[str, Any]) -> str:
+    return WHY_NOT[because["why"]].format(**because) if because else ""
 
 
 def _in_words(finding: Finding) -> str:

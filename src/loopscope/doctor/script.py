@@ -465,6 +465,7 @@ def _of_metrics(watched: Watching, path: Path) -> Iterator[Finding]:
             f"{path.name}:{line}, metric {name!r}",
             "Call its reset_state() at the beginning of each epoch.",
             {"loops_around_its_update": loops, "resets_in_the_script": 0},
+            kind="never_reset",
         )
 
 
@@ -480,6 +481,7 @@ def _of_replicas(watched: Watching, path: Path) -> Iterator[Finding]:
             "Divide by the number of replicas: tf.nn.compute_average_loss(per_example, "
             "global_batch_size=...), or a Keras loss object, which does so itself.",
             {"replicas": replicas, "examples_of_a_replica": examples},
+            kind="tape",
         )
 
 
@@ -494,6 +496,7 @@ def _of_functions(watched: Watching, path: Path) -> Iterator[Finding]:
                 f"{path.name}:{line}",
                 "Make it once, outside of the loop.",
                 {"times": times},
+                kind="remade",
             )
     if watched.compiled_steps:
         return
@@ -510,4 +513,5 @@ def _of_functions(watched: Watching, path: Path) -> Iterator[Finding]:
             "Put the step into a function under @tf.function, or give it to a "
             "loopscope.Loop.",
             {"eager_ms": 1e3 * eager_s, "compiled_ms": 1e3 * compiled_s},
+            kind="script",
         )

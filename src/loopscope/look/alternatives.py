@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from loopscope.data.feed import Segment
 from loopscope.gear import Gear
@@ -21,12 +21,25 @@ class Alternative:
     """A step, had it been run otherwise.
 
     Attributes:
-        change: What was changed, in words.
+        kind: What was changed: nothing, the learning rate, or the gradients.
         loss: Of the step that came after it, on that step's own batch.
+        norm: To which global norm gradients were clipped; `None` if they were not.
     """
 
-    change: str
+    kind: Literal["same", "half_rate", "clipped"]
     loss: float | None
+    norm: float | None = None
+
+    @property
+    def change(self) -> str:
+        """What was changed, in words."""
+        if self.kind == "clipped":
+            return f"with gradients clipped to a global norm of {self.norm:.3g}"
+        return "as it was" if self.kind == "same" else "at half the learning rate"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "change": self.change}
 
 
 def alternatives(
@@ -48,22 +61,22 @@ def alternatives(
         gear: In which training runs them.
         clipnorm: To clip all gradients together to; not tried if `None`.
     """
-    tried: list[tuple[str, Callable[[], Any]]] = [
-        ("as it was", nullcontext),
-        ("at half the learning rate", lambda: _learning_rate(0.5)),
+    tried: list[tuple[Alternative, Callable[[], Any]]] = [
+        (Alternative("same", None), nullcontext),
+        (Alternative("half_rate", None), lambda: _learning_rate(0.5)),
     ]
     if clipnorm is not None:
-        words = f"with gradients clipped to a global norm of {clipnorm:.3g}"
-        tried.append((words, lambda: _clipped(clipnorm)))
+        clipped = Alternative("clipped", None, clipnorm)
+        tried.append((clipped, lambda: _clipped(clipnorm)))
     state = runner.state
     found = []
     with state.kept():
-        for words, change in tried:
+        for made, change in tried:
             state.restore(list(before))
             with change():
                 _run(runner, segments[0], gear)
             outputs = _run(runner, segments[1], gear)
-            found.append(Alternative(words, loss_of(outputs)))
+            found.append(replace(made, loss=loss_of(outputs)))
     return found
 
 

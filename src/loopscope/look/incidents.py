@@ -223,11 +223,12 @@ def _incident(
     step: int, found: _Notice, opened: OpenedStep | None, problem: str
 ) -> Incident:
     positions: list[int] = []
-    first, rows = "", None
+    first, begins, rows = "", None, None
     if opened is not None:
         rows = opened.examples
         if opened.first_nonfinite is not None:
             first = str(opened.first_nonfinite)
+            begins = opened.first_nonfinite.as_dict()
             positions = list(opened.first_nonfinite.examples)
         positions = positions or [c.position for c in carriers(opened)]
     examples = [i if rows is None else int(rows[i]) for i in positions]
@@ -249,6 +250,9 @@ def _incident(
         first,
         "; ".join(said),
         opened,
+        begins,
+        rows is not None,
+        problem,
     )
 
 

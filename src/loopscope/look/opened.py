@@ -123,6 +123,16 @@ class NonFinite:
     inputs: Sequence[np.ndarray] = field(default=(), repr=False)
     outputs: Sequence[np.ndarray] = field(default=(), repr=False)
 
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, without the arrays."""
+        return {
+            "what": self.what,
+            "name": self.name,
+            "layer": self.layer,
+            "phase": self.phase,
+            "examples": list(self.examples),
+        }
+
     def __str__(self) -> str:
         place = f" in layer {self.layer!r}" if self.layer else ""
         when = f", {self.phase}" if self.phase else ""
@@ -295,15 +305,7 @@ class OpenedStep:
                 {"path": u.path, "norm": u.norm, "ratio": u.ratio} for u in self.updates
             ],
             "phases": dict(self.phases),
-            "first_nonfinite": None
-            if first is None
-            else {
-                "what": first.what,
-                "name": first.name,
-                "layer": first.layer,
-                "phase": first.phase,
-                "examples": list(first.examples),
-            },
+            "first_nonfinite": None if first is None else first.as_dict(),
             "missing": list(self.missing),
         }
 

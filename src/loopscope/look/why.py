@@ -109,9 +109,11 @@ class Why:
             "examples": [asdict(e) for e in self.examples],
             "gradients": [asdict(j) for j in self.gradients],
             "updates": [asdict(j) for j in self.updates],
-            "earlier": [asdict(a) for a in self.earlier],
-            "later": [asdict(a) for a in self.later],
-            "first_nonfinite": None if first is None else str(first),
+            "size": _size(self.look),
+            "earlier": [a.as_dict() for a in self.earlier],
+            "later": [a.as_dict() for a in self.later],
+            "first_nonfinite": None if first is None else first.as_dict(),
+            "limits": {"jump": JUMP, "spike": SPIKE, "named": NAMED},
             "story": self.story(),
         }
 

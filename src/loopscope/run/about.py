@@ -44,7 +44,9 @@ def manifest(
             None if callbacks is None else [memory.kind_of(c) for c in callbacks]
         ),
         "configuration": readable(identity.configuration(loop.model)),
-        "code": [[e.text, e.role, e.note] for e in loop.lines(callbacks)],
+        "code": [
+            [e.text, e.role, e.note, dict(e.about)] for e in loop.lines(callbacks)
+        ],
         "source": described(source),
         "machine": machine(),
     }

@@ -124,7 +124,12 @@ class Control:
             self.stepping = action == "step" or (
                 self.stepping and action not in ("pause", "resume", "stop")
             )
-        return {"action": action, "done": not why, "why": why}
+        return {
+            "action": action,
+            "done": not why,
+            "why": why,
+            "workers": self._workers,
+        }
 
     def after_step(self) -> None:
         """A train step has run: where it was to be one, wait again."""

@@ -68,7 +68,10 @@ COST = 0.01
 """The share of the time that checkpoints which can wait may take."""
 
 
-INCIDENT = ("incident", "at", "what", "value", "usual", "examples", "first", "text")
+INCIDENT = (
+    *("incident", "at", "what", "value", "usual", "examples", "of_data"),
+    *("first", "begins", "problem", "text"),
+)
 """What the journal has of an `Incident`."""
 
 

@@ -45,6 +45,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             "norm_after": norm(change.after),
             "kept_of_what_it_held": 1.0,
         },
+        kind="assigned",
     )
 
 
@@ -69,6 +70,7 @@ def _left(facts: Facts) -> Iterator[Finding]:
                 ", ".join(left[:4]) + (", ..." if len(left) > 4 else ""),
                 "Call `model.zero_grad()` in the step, before `loss.backward()`.",
                 {"variables": len(left)},
+                kind="backward",
             )
 
 

@@ -52,6 +52,7 @@ def _of(
             f"loss {name!r}",
             f"Drop the {activation} of the last layer, or set from_logits=False.",
             measured,
+            kind="twice",
         )
     if not flag and (scores.min() < -SUM or scores.max() > 1 + SUM):
         activation = "sigmoid" if binary else "softmax"
@@ -63,6 +64,7 @@ def _of(
             f"loss {name!r}",
             f"Set from_logits=True, or end the model in a {activation}.",
             measured,
+            kind="never",
         )
     return None
 

@@ -44,6 +44,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             "Use ReLU-like activations, normalization, residual connections, or an "
             "initializer for this activation.",
             {"norm": norms[worst], "largest_norm": largest},
+            kind="vanished",
         )
     exploded = [
         p
@@ -59,4 +60,5 @@ def check(facts: Facts) -> Iterator[Finding]:
             worst,
             "Scale the inputs and the loss, or clip: optimizer(global_clipnorm=1.0).",
             {"norm": norms[worst], "norm_of_weight": weights[worst].weight_norm},
+            kind="exploded",
         )

@@ -36,6 +36,7 @@ def check(facts: Facts) -> Iterator[Finding]:
                 where,
                 "Drop these examples, or fill in what is missing.",
                 {"share": float(1 - finite.mean()), "values": values.size},
+                kind="nonfinite",
             )
         elif where.startswith("x") and values.size > 1 and values.std() == 0:
             yield Finding(
@@ -46,6 +47,7 @@ def check(facts: Facts) -> Iterator[Finding]:
                 where,
                 "Look at how the data are read.",
                 {"values": values.size},
+                kind="constant",
             )
     yield from _scale(facts)
 
@@ -88,4 +90,5 @@ def _scale(facts: Facts) -> Iterator[Finding]:
                 "smallest": float(values.min()),
                 "largest": float(values.max()),
             },
+            kind="scale",
         )

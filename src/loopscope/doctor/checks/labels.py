@@ -45,6 +45,7 @@ def _sparse(loss: object, labels: np.ndarray, scores: np.ndarray) -> Finding | N
                 "shape_of_labels": str(labels.shape),
                 "shape_of_outputs": str(scores.shape),
             },
+            kind="one_hot",
         )
     ignored = option(loss, "ignore_class", None)
     counted = labels if ignored is None else labels[labels != ignored]
@@ -66,6 +67,7 @@ def _sparse(loss: object, labels: np.ndarray, scores: np.ndarray) -> Finding | N
             "outputs": classes,
             "share_outside": float(outside.mean()),
         },
+        kind="outside",
     )
 
 
@@ -79,4 +81,5 @@ def _between(name: str, labels: np.ndarray) -> Finding | None:
         f"loss {name!r}, labels",
         "Give probabilities: 0 and 1 for two classes, one-hot rows for more.",
         {"smallest": float(labels.min()), "largest": float(labels.max())},
+        kind="between",
     )

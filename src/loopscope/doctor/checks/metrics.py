@@ -21,4 +21,5 @@ def check(facts: Facts) -> Iterator[Finding]:
                 f"metric {metric.name!r}",
                 "Update it once; the model's compute_metrics updates its own metrics.",
                 {"updates_per_step": times},
+                kind="twice",
             )

@@ -70,6 +70,7 @@ def _sorted(facts: Facts, batches: list[np.ndarray]) -> Iterator[Finding]:
                 ),
                 "classes": classes,
             },
+            kind="sorted",
         )
 
 
@@ -87,6 +88,7 @@ def _shuffled(facts: Facts) -> Iterator[Finding]:
                 call.where,
                 "Shuffle before .batch().",
                 {"buffer": call.buffer},
+                kind="batches",
             )
         else:
             yield Finding(
@@ -97,6 +99,7 @@ def _shuffled(facts: Facts) -> Iterator[Finding]:
                 call.where,
                 f"Use shuffle({call.size}), or shuffle the arrays once before.",
                 {"buffer": call.buffer, "examples": call.size},
+                kind="buffer",
             )
 
 
@@ -113,6 +116,7 @@ def _repeated(facts: Facts) -> Iterator[Finding]:
             "argument shuffle",
             "Set shuffle=True, so that the noise of the batches averages out.",
             {"steps": source.steps},
+            kind="repeated",
         )
 
 

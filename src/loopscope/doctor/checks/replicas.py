@@ -38,6 +38,7 @@ def check(facts: Facts) -> Iterator[Finding]:
         "which are scaled; or scale it: tf.nn.compute_average_loss(per_example, "
         "global_batch_size=...).",
         {"factor": factor},
+        kind="divided",
     )
 
 

@@ -51,6 +51,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             "shapes": len(needed),
             **_cost(facts, segments[-1]),
         },
+        kind="shapes",
     )
 
 

@@ -38,6 +38,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             "Return what is to be seen, by name, in a dict of scalars; or print in the "
             "outer loop, or run in gear='eager'.",
             {"eager_steps_that_print": 2, "compiled_steps_that_print": 0},
+            kind="prints",
         )
 
 
@@ -52,6 +53,7 @@ def _read_once(facts: Facts) -> Iterator[Finding]:
             "Make it a keras.Variable, and assign it in the outer loop; the learning "
             "rate is one: optimizer.learning_rate = ...",
             {"value": number.value},
+            kind="read_once",
         )
 
 
@@ -78,4 +80,5 @@ def _frozen(name: str, change: Change) -> Finding:
             "eager_steps_that_change_it": 2,
             "compiled_steps_that_change_it": 0,
         },
+        kind="random" if held.kind == "random" else "changed",
     )

@@ -26,6 +26,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else ""),
             "Call the model with training=False, and apply no gradients there.",
             {"variables": len(changed)},
+            kind="changes",
         )
     for call in tested.calls:
         layer = call.layer
@@ -41,5 +42,6 @@ def check(facts: Facts) -> Iterator[Finding]:
                 f"layer {call.path!r}",
                 "Call the model with training=False in the test step.",
                 {"rate": layer.rate, "dropped": float(np.mean(after == 0))},
+                kind="dropout",
             )
             return

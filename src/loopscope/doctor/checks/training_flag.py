@@ -32,6 +32,7 @@ def check(facts: Facts) -> Iterator[Finding]:
                 f"layer {call.path!r}",
                 "Call the model with training=True in the train step.",
                 {"rate": layer.rate, "values": int(np.prod(call.inputs[0].shape))},
+                kind="dropout",
             )
         if look is not None and isinstance(layer, keras.layers.BatchNormalization):
             frozen = not layer.trainable
@@ -45,6 +46,7 @@ def check(facts: Facts) -> Iterator[Finding]:
                     "Call the model with training=True in the train step; to freeze "
                     "the layer on purpose set its trainable=False.",
                     {"moved": 0.0},
+                    kind="batch_norm",
                 )
 
 

@@ -33,4 +33,5 @@ def check(facts: Facts) -> Iterator[Finding]:
             "compile_s": quick.compile_s or 0.0,
             "pays_after_steps": round((quick.compile_s or 0.0) / saved_s),
         },
+        kind="asked",
     )

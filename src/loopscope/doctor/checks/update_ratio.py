@@ -49,6 +49,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             "ratio": extreme[path],
             "learning_rate": float("nan") if rate is None else rate,
         },
+        kind="large" if large else "small",
     )
 
 

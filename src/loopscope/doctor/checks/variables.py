@@ -30,6 +30,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             "stop_gradient and argmax cut the way. Set trainable=False for those that "
             "are to stay.",
             {"variables": len(silent)},
+            kind="silent",
         )
     accumulates = any(
         getattr(a.optimizer, "gradient_accumulation_steps", None)
@@ -51,6 +52,7 @@ def check(facts: Facts) -> Iterator[Finding]:
                 if seen.look.learning_rate is None
                 else seen.look.learning_rate,
             },
+            kind="still",
         )
 
 
@@ -69,6 +71,7 @@ def _twice(applied: list[Applied]) -> Iterator[Finding]:
             _some(repeated),
             "Apply it once a step, to the gradients of the whole loss.",
             {"variables": len(repeated), "times": max(counts.values())},
+            kind="twice",
         )
 
 
@@ -86,6 +89,7 @@ def _left_out(facts: Facts, applied: list[Applied]) -> Iterator[Finding]:
             "Give it model.trainable_variables, or set trainable=False for those that "
             "are to stay.",
             {"variables": len(left)},
+            kind="left_out",
         )
 
 

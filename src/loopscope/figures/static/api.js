@@ -4,12 +4,16 @@ import { word } from "./words.js";
 
 const KEPT = "loopscope.token";
 
-/** What the server has refused, in a sentence, and what to do about it. */
+/**
+ * What has gone wrong.
+ * @param {object} said - What the server has said of it: `error`, `next`, `code`, `about`;
+ *   `null` where the page itself says so, in the reader's language.
+ */
 export class Refused extends Error {
-  constructor(message, next = "", status = 0) {
+  constructor(message, next = "", said = null) {
     super(message);
     this.next = next;
-    this.status = status;
+    this.said = said;
   }
 }
 
@@ -65,6 +69,6 @@ async function answered(address, options) {
     // What a proxy says is no JSON; its status is all there is.
   }
   if (reply.ok) return document;
-  const next = document.next ?? (reply.status === 403 ? word("refused.next") : "");
-  throw new Refused(document.error ?? `HTTP ${reply.status}`, next, reply.status);
+  if (document.error) throw new Refused(document.error, document.next, document);
+  throw new Refused(`HTTP ${reply.status}`, reply.status === 403 ? word("refused.next") : "");
 }

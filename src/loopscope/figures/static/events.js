@@ -2,7 +2,8 @@
 
 import { ask } from "./api.js";
 import { at, fill, h } from "./dom.js";
-import { count, duration, moment, size } from "./format.js";
+import { count, moment } from "./format.js";
+import { happened } from "./happened.js";
 import { sorry } from "./jobs.js";
 import { chosen, known, live, on, open } from "./store.js";
 import { word } from "./words.js";
@@ -70,26 +71,5 @@ function item(event) {
       ? h("button.plain", { type: "button", onclick: () => open(step) },
         word("events.open", { step: count(step) }))
       : h("span.quiet", {}, word("events.step", { step: count(step) })),
-    h("span.said", { lang: "en" }, text(event)));
-}
-
-function text({ kind: of, data }) {
-  const d = data ?? {};
-  const said = {
-    begin: () => [d.gear ?? d.chosen?.gear, d.chosen?.reason],
-    compiled: () => [d.phase, d.gear, duration(d.wall_s), ...(d.changed ?? [])],
-    gear: () => [d.gear, d.reason],
-    resume: () => [`from ${d.checkpoint}`, d.lost ? `${d.lost} steps again` : "", ...(d.notes ?? [])],
-    branch: () => [d.parent, d.learning_rate && `learning rate ${d.learning_rate}`, d.gear],
-    incident: () => [d.text ?? d.what],
-    doctor: () => [`${(d.findings ?? []).length} findings of ${(d.checks ?? []).length} checks`],
-    warning: () => [d.category, d.message],
-    problem: () => [d.problem],
-    signal: () => [d.signal],
-    error: () => [d.error],
-    control: () => [d.action, d.done],
-    checkpoint: () => [d.name, size(d.size_bytes), d.kept ? "" : word("events.removed")],
-  }[of];
-  const parts = said ? said() : Object.values(d).filter((v) => typeof v !== "object");
-  return parts.filter((part) => part !== null && part !== undefined && part !== "").join(" · ");
+    h("span.said", {}, happened(event)));
 }

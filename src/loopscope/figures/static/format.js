@@ -22,6 +22,26 @@ export function value(given, digits = 4) {
   return String(Number(x.toPrecision(Math.max(digits, String(Math.trunc(size)).length))));
 }
 
+/** A number in so many digits, as Python's `format(x, ".4g")` writes it. */
+export function general(given, digits) {
+  const x = number(given);
+  if (x === null) return "–";
+  if (Number.isNaN(x)) return "nan";
+  if (!Number.isFinite(x)) return x > 0 ? "inf" : "-inf";
+  const [mantissa, exponent] = x.toExponential(digits - 1).split("e");
+  const size = Number(exponent);
+  if (size >= -4 && size < digits) return String(Number(x.toPrecision(digits)));
+  const two = String(Math.abs(size)).padStart(2, "0");
+  return `${Number(mantissa)}e${size < 0 ? "-" : "+"}${two}`;
+}
+
+/** A share in whole percent, as Python's `format(x, ".0%")` writes it: a half to the even one. */
+export function percentage(share) {
+  const x = 100 * share;
+  const near = Math.round(x);
+  return `${near - x === 0.5 && near % 2 ? near - 1 : near}%`;
+}
+
 /** A count, with separators. */
 export function count(given) {
   const x = number(given);

@@ -5,6 +5,7 @@ import { duration, finite, value } from "./format.js";
 import { busy, sorry, work } from "./jobs.js";
 import { CONFIG, layout, plotly } from "./plotly.js";
 import { line } from "./colours.js";
+import { reason } from "./reason.js";
 import { chosen, known, on } from "./store.js";
 import { table } from "./tables.js";
 import { word } from "./words.js";
@@ -41,7 +42,7 @@ function recorded(gears) {
         h("span.name", {}, name, name === gears.chosen ? ` ✓ ${word("gears.chosen")}` : ""),
         h("span.meter", { "aria-hidden": "true", style: { "--part": s / most } }),
         h("span.number", {}, word("gears.each", { time: duration(s) }))))),
-    gears.reason ? h("p.quiet", { lang: "en" }, gears.reason) : null);
+    gears.reason ? h("p.quiet", {}, reason(gears)) : null);
 }
 
 async function compare() {
@@ -78,7 +79,7 @@ async function show(rows) {
       rows.map((row) => row.available
         ? [row.chosen ? `${row.gear} ✓` : row.gear, value(row.ms_per_step, 3),
           duration(row.compile_seconds), even(row), value(row.max_relative_difference, 2)]
-        : [row.gear, "–", "–", "–", row.reason])));
+        : [row.gear, "–", "–", "–", h("span", { lang: "en" }, row.reason)])));
   try {
     const Plotly = await plotly();
     if (plot.isConnected) await Plotly.react(plot, ...drawing(there), CONFIG);

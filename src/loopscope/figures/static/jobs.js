@@ -3,6 +3,7 @@
 import { ask, tell, Refused } from "./api.js";
 import { fill, h } from "./dom.js";
 import { duration } from "./format.js";
+import { wrong } from "./said.js";
 import { word } from "./words.js";
 
 const EVERY_MS = 300;
@@ -31,28 +32,34 @@ export async function work(kind, body, heard, wanted = () => true) {
   }
 }
 
-function failure(error) {
-  if (error && typeof error === "object") return new Refused(error.error, error.next);
-  return new Refused(error ?? word("failed"));
-}
+const failure = (error) =>
+  (error ? new Refused(error.error, error.next, error) : new Refused(word("failed")));
 
 /** Show how far a job is; null for one that has just been asked for. */
 export function busy(node, job) {
-  const text = job?.text || word("starting");
+  const text = doing(job?.doing);
   const since = job?.seconds ? ` ${duration(job.seconds)}` : "";
   if (!node.querySelector("progress")) {
     fill(node, h("progress", { "aria-label": word("working") }),
-      h("span", { role: "status", lang: "en" }), h("span.quiet"));
+      h("span", { role: "status" }), h("span.quiet"));
   }
   const [, said, time] = node.children;
   if (said.textContent !== text) said.textContent = text;
   time.textContent = since;
 }
 
+function doing(of) {
+  if (!of) return word("starting");
+  const check = of.check && word(`check.${of.check}`, {}, of.check);
+  return word(`job.${of.what}`, { ...of, check });
+}
+
 /** Show an error, and what to do. */
 export function sorry(node, error) {
-  if (!(error instanceof Refused)) console.error(error);
-  fill(node, h("div.trouble", { role: "alert" },
-    h("strong", { lang: "en" }, error.message),
-    error.next ? h("span", { lang: "en" }, ` ${error.next}`) : null));
+  const own = error instanceof Refused;
+  if (!own) console.error(error);
+  fill(node, h("div.trouble", { role: "alert" }, error.said ? wrong(error.said) : [
+    h("strong", { lang: own ? null : "en" }, error.message),
+    error.next ? ` ${error.next}` : null,
+  ]));
 }

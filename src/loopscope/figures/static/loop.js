@@ -2,6 +2,7 @@
 
 import { at, fill, h, say } from "./dom.js";
 import { duration, percent } from "./format.js";
+import { said } from "./said.js";
 import { known, live, on } from "./store.js";
 import { word } from "./words.js";
 
@@ -45,14 +46,15 @@ function row(line, first) {
   const indent = line.text.length - line.text.trimStart().length;
   const parts = {
     mark: h("span.mark", { "aria-hidden": "true" }),
-    shape: h("span.shape", { hidden: true, style: { "--indent": indent } }),
+    shape: h("span.shape", { hidden: true, lang: "en", style: { "--indent": indent } }),
     bar: h("span.bar", { "aria-hidden": "true" }),
     time: h("span.time"),
     now: h("span.unseen"),
   };
   const node = h("li", { class: line.role ? `role-${line.role.replace(/\W/g, "")}` : null },
     h("span.gutter", {}, h("span.cost", {}, parts.bar, parts.time), parts.mark, h("span.n", { "aria-hidden": "true" }, line.n)),
-    h("span.text", {}, ...tokens(line.text), line.note ? h("span.note", {}, `  # ${line.note}`) : null),
+    h("span.text", {}, h("span", { lang: "en" }, ...tokens(line.text)),
+      line.note ? h("span.note", {}, "  # ", said(`note.${line.about?.note}`, line.about, line.note)) : null),
     parts.now, parts.shape);
   return { ...parts, node, role: line.role, first };
 }

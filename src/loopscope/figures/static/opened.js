@@ -3,10 +3,12 @@
  * no server, so that a notebook shows a step by it as well.
  */
 
+import { difference } from "./difference.js";
 import { h } from "./dom.js";
 import { examples } from "./examples.js";
 import { count, value } from "./format.js";
 import { heat } from "./heat.js";
+import { nonfinite, story } from "./story.js";
 import { layers, phases, variables } from "./tables.js";
 import { word } from "./words.js";
 
@@ -16,9 +18,10 @@ export function layout(opened) {
   return [
     h("div.facts", {}, facts(opened)),
     first_ ? h("p.trouble", {}, h("strong", {}, word("step.nonfinite")), " ",
-      h("span", { lang: "en" }, nonfinite(first_))) : null,
+      nonfinite(first_)) : null,
     bitsApart(opened),
-    opened.why?.length ? part("step.why", "why", story(opened.why)) : null,
+    opened.why ? part("step.why", "why", story(opened.why)) : null,
+    opened.why_not ? part("step.why", "why", h("p", { lang: "en" }, opened.why_not)) : null,
     part("step.examples", "pictures", examples(opened)),
     h("div.columns", {},
       part("step.heat", "heat", heat(opened.heat)),
@@ -56,29 +59,9 @@ function facts(opened) {
 /** Where a replay departs from the record, if it does. */
 function bitsApart(opened) {
   if (opened.same_bits !== false || !opened.difference) return null;
-  const said = typeof opened.difference === "string"
-    ? opened.difference : JSON.stringify(opened.difference);
   return h("p.trouble", {}, h("strong", {}, word("step.nobits")), " ",
-    h("span", { lang: "en" }, said));
+    difference(opened.difference));
 }
 
 const fact = (name, said, kind = null) =>
   h("div", {}, h("dt", {}, word(name)), h("dd", { class: kind }, said));
-
-/** Sentences; what is indented belongs to the one before. */
-function story(sentences) {
-  const parts = [];
-  for (const line of sentences.flatMap((sentence) => sentence.split("\n"))) {
-    const under = line.startsWith("  ") && parts.length > 0;
-    if (!under) parts.push(h("div"));
-    parts.at(-1).append(h(under ? "p.under" : "p", {}, line.trim()));
-  }
-  return h("div.story", { lang: "en" }, parts);
-}
-
-function nonfinite(of) {
-  const where = of.layer ? ` in layer ${of.layer}` : "";
-  const when = of.phase ? `, ${of.phase}` : "";
-  const rows = of.examples?.length ? `, examples ${of.examples.slice(0, 8).join(", ")}` : "";
-  return `${of.what} ${of.name}${where}${when}${rows}`;
-}

@@ -37,7 +37,7 @@ export function phases(found) {
   const rows = Object.entries(found ?? {});
   const most = Math.max(1e-12, ...rows.map(([, ms]) => ms));
   return h("ul.bars", {}, rows.map(([name, ms]) => h("li", {},
-    h("span.name", { lang: "en" }, name),
+    h("span.name", {}, word(`part.${name}`, {}, name)),
     h("span.meter", { "aria-hidden": "true", style: { "--part": ms / most } }),
     h("span.number", {}, `${value(ms, 3)} ms`))));
 }

@@ -1,4 +1,11 @@
-/** Every word of the page, in English and in Korean. What a run says stays as it is. */
+/**
+ * The page's own words, in English and in Korean, and how words are found. What the server, the
+ * doctor and a run say is in words_said.js, words_doctor.js and words_story.js.
+ */
+
+import { DOCTOR } from "./words_doctor.js";
+import { SAID } from "./words_said.js";
+import { STORY } from "./words_story.js";
 
 const EN = {
   "skip": "Skip to the loop",
@@ -6,6 +13,14 @@ const EN = {
   "open": "Open",
   "working": "Working",
   "starting": "Starting …",
+  "job.wait": "waits for the question before it",
+  "job.start": "starts",
+  "job.framework": "starts the framework",
+  "job.experiment": "makes the experiment",
+  "job.rewind": "rewinds to step {step}",
+  "job.why": "asks why the loss of step {step} is what it is",
+  "job.measure": "measures {gear}",
+  "job.check": "checks {check}",
   "failed": "It failed, and did not say why.",
   "unreachable": "The server does not answer.",
   "unreachable.next": "Is `loopscope view` still running? Start it again, then reload.",
@@ -177,6 +192,7 @@ const EN = {
   "doctor.evidence": "Measured",
   "doctor.where": "Where",
   "doctor.change": "Change",
+  "doctor.original": "In English",
   "severity.error": "error",
   "severity.warning": "warning",
 
@@ -188,6 +204,18 @@ const EN = {
   "events.open": "open step {step}",
   "events.step": "step {step}",
   "events.removed": "removed since",
+  "event.train": "train",
+  "event.test": "test",
+  "event.predict": "predict",
+  "event.from": "from {checkpoint}",
+  "event.again": "{n} steps again",
+  "event.rate": "learning rate {rate}",
+  "event.findings": "{n} findings of {of} checks",
+  "event.pause": "pause",
+  "event.step": "step",
+  "event.resume": "resume",
+  "event.save": "save",
+  "event.stop": "stop",
   "kind.begin": "begin",
   "kind.branch": "branch",
   "kind.checkpoint": "checkpoint",
@@ -212,6 +240,14 @@ const KO = {
   "open": "열기",
   "working": "작업 중",
   "starting": "시작하는 중 …",
+  "job.wait": "앞선 작업을 기다리는 중",
+  "job.start": "시작하는 중",
+  "job.framework": "프레임워크를 시작하는 중",
+  "job.experiment": "실험을 다시 만드는 중",
+  "job.rewind": "{step}번 스텝으로 되감는 중",
+  "job.why": "{step}번 스텝의 손실이 왜 그런지 알아보는 중",
+  "job.measure": "{gear} 기어를 재는 중",
+  "job.check": "점검하는 중: {check}",
   "failed": "실패했지만 이유를 알 수 없습니다.",
   "unreachable": "서버가 응답하지 않습니다.",
   "unreachable.next": "`loopscope view`가 아직 실행 중인지 확인하세요. 다시 시작한 뒤 이 페이지를 새로 고치세요.",
@@ -383,6 +419,7 @@ const KO = {
   "doctor.evidence": "측정값",
   "doctor.where": "위치",
   "doctor.change": "고칠 점",
+  "doctor.original": "원문(영어)",
   "severity.error": "오류",
   "severity.warning": "경고",
 
@@ -394,6 +431,18 @@ const KO = {
   "events.open": "{step}번 스텝 열기",
   "events.step": "{step}번 스텝",
   "events.removed": "지금은 삭제됨",
+  "event.train": "훈련",
+  "event.test": "검증",
+  "event.predict": "예측",
+  "event.from": "{checkpoint}에서",
+  "event.again": "{n}스텝 다시 실행",
+  "event.rate": "학습률 {rate}",
+  "event.findings": "{of}가지를 점검해 {n}건 발견",
+  "event.pause": "일시 정지",
+  "event.step": "한 스텝",
+  "event.resume": "계속",
+  "event.save": "저장",
+  "event.stop": "에포크까지만",
   "kind.begin": "시작",
   "kind.branch": "분기",
   "kind.checkpoint": "체크포인트",
@@ -412,7 +461,10 @@ const KO = {
   "kind.warning": "경고",
 };
 
-export const WORDS = { en: EN, ko: KO };
+const WORDS = {
+  en: { ...EN, ...STORY.en },
+  ko: { ...KO, ...STORY.ko, ...SAID.ko, ...DOCTOR.ko },
+};
 
 let spoken = "en";
 

@@ -107,6 +107,10 @@ class Answers:
                 404,
                 f"The run {run!r} records no {name!r}.",
                 f"It has: {', '.join(seen.series) or 'nothing yet'}.",
+                code="no_curve",
+                run=run,
+                name=name,
+                names=", ".join(seen.series) or "-",
             )
         first, end = _range(start, stop, series.first, series.stop)
         values = series.values[first - series.first : end - series.first]
@@ -197,11 +201,21 @@ class Answers:
                 409,
                 f"Nothing trains in {run!r} now.",
                 "Train it on with `loopscope resume`, then ask again.",
+                code="nothing_trains",
+                run=run,
             )
         said = live.read(folder) or {}
-        why = control.refusal(action, workers=_count(said, "workers"))
+        workers = _count(said, "workers")
+        why = control.refusal(action, workers=workers)
         if why:
-            raise Refusal(409, why, "`save` and `stop` work with any number of them.")
+            raise Refusal(
+                409,
+                why,
+                "`save` and `stop` work with any number of them.",
+                code="workers",
+                workers=workers,
+                action=action,
+            )
         control.ask(folder, action)
         return {"asked": action}
 
@@ -214,6 +228,9 @@ class Answers:
                 409,
                 f"The run {run!r} cannot be read: {error}",
                 "`loopscope verify` says more; `loopscope resume --anyway` goes on.",
+                code="unreadable",
+                run=run,
+                detail=str(error),
             ) from error
 
 
@@ -246,6 +263,7 @@ def _gears(events: Sequence[Mapping[str, Any]]) -> Plain | None:
                 "measured": found["measured"],
                 "chosen": found.get("gear"),
                 "reason": found.get("reason"),
+                "because": found.get("because") or {},
             }
     return None
 

@@ -15,7 +15,7 @@ class _Unknown:
 
 
 def lines(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Line by line: `n` from 1, `text`, `role` and `note`.
+    """Line by line: `n` from 1, `text`, `role`, `note`, and what the note is `about`.
 
     A run that was recorded before loops were written down gets the built-in loop.
     """
@@ -24,8 +24,14 @@ def lines(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         bare = built_in(
             _Unknown(), gear=None, steps={"train": None, "test": None}, callbacks=()
         )
-        found = [(line.text, line.role, line.note) for line in bare[1:]]
+        found = [(e.text, e.role, e.note, dict(e.about)) for e in bare[1:]]
     return [
-        {"n": n, "text": str(text), "role": role, "note": str(note)}
-        for n, (text, role, note) in enumerate(found, 1)
+        {
+            "n": n,
+            "text": str(text),
+            "role": role,
+            "note": str(note),
+            "about": about[0] if about else {},
+        }
+        for n, (text, role, note, *about) in enumerate(found, 1)
     ]

@@ -79,22 +79,26 @@ class Guard:
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        open_page = "Open the page at the address that `loopscope view` has printed."
         if len(headers.getlist("host")) != 1 or _name(host) not in HERE:
-            return Refusal(403, f"This server is not {host!r}.", open_page)
+            return _refusal(f"This server is not {host!r}.", "other_host", host=host)
         if origin is not None and origin != f"http://{host}":
-            return Refusal(403, f"A page of {origin!r} may not ask here.", open_page)
+            said = f"A page of {origin!r} may not ask here."
+            return _refusal(said, "other_site")
         site = headers.get("sec-fetch-site", "none")
         if site not in ("none", "same-origin") and scope["path"] != "/":
-            return Refusal(403, "A page of another site may not ask here.", open_page)
+            return _refusal("A page of another site may not ask here.", "other_site")
         given = headers.get(TOKEN, "")
         if scope["method"] not in READING and not secrets.compare_digest(
             given.encode(), self._token.encode()
         ):
-            return Refusal(
-                403, "The token of the page's address is missing or wrong.", open_page
-            )
+            said = "The token of the page's address is missing or wrong."
+            return _refusal(said, "token")
         return None
+
+
+def _refusal(error: str, code: str, **about: str) -> Refusal:
+    open_page = "Open the page at the address that `loopscope view` has printed."
+    return Refusal(403, error, open_page, code=code, **about)
 
 
 def _name(host: str) -> str:

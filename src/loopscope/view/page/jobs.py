@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from loopscope.errors import LoopscopeError
 from loopscope.run.folder import Folder
-from loopscope.view.page.refusal import Refusal
+from loopscope.view.page.refusal import Refusal, as_error
 from loopscope.view.page.shelf import Shelf
 
 PROCESSES = 2
@@ -36,6 +36,18 @@ KEPT = 32
 
 MOST_BYTES = 2**28
 """Of an answer."""
+
+DOING = {
+    "wait": "waits for the question before it",
+    "start": "starts",
+    "framework": "starts the framework",
+    "experiment": "makes the experiment",
+    "rewind": "goes back to a step, `step`",
+    "why": "asks why the loss of a step, `step`, is what it is",
+    "measure": "measures a gear, `gear`",
+    "check": "makes a check of the doctor's, `check`",
+}
+"""What is being done for a job; the page has the words."""
 
 
 @dataclass(eq=False)
@@ -48,9 +60,9 @@ class Job:
         run: The id of the run.
         question: As the process gets it.
         state: Where it is.
-        text: What is done now.
+        doing: What is done now: `what`, a word of `DOING`, and what belongs to it.
         result: The answer; while it runs, as much as there is of it.
-        error: What went wrong: `error` and `next`.
+        error: What went wrong, as `as_error` gives it.
     """
 
     id: str
@@ -58,15 +70,15 @@ class Job:
     run: str
     question: dict[str, Any]
     state: Literal["running", "done", "failed"] = "running"
-    text: str = "waits for the question before it"
+    doing: dict[str, Any] = field(default_factory=lambda: {"what": "wait"})
     result: dict[str, Any] | None = None
-    error: dict[str, str] | None = None
+    error: dict[str, Any] | None = None
     began_s: float = field(default_factory=time.monotonic)
     seconds: float | None = None
     asked: bool = False
     """Whether the process has it."""
 
-    def end(self, error: dict[str, str] | None = None) -> None:
+    def end(self, error: dict[str, Any] | None = None) -> None:
         """It is done, or has failed."""
         if self.state == "running":
             self.state, self.error = "failed" if error else "done", error
@@ -79,7 +91,7 @@ class Job:
             "kind": self.kind,
             "run": self.run,
             "state": self.state,
-            "text": self.text,
+            "doing": self.doing,
             "seconds": self.seconds or time.monotonic() - self.began_s,
             "result": self.result,
             "error": self.error,
@@ -122,7 +134,7 @@ class Jobs:
         """Nobody waits for a job any more: it is not begun, if it was not."""
         job = self._one(id)
         if not job.asked:
-            job.end({"error": "Cancelled.", "next": "Ask again."})
+            job.end(as_error("Cancelled.", "Ask again.", code="cancelled"))
         return {"cancelled": job.id}
 
     async def close(self) -> None:
@@ -137,7 +149,8 @@ class Jobs:
     def _one(self, id: str) -> Job:
         job = self._jobs.get(id)
         if job is None:
-            raise Refusal(404, f"There is no job {id!r}.", "Ask the question again.")
+            do = "Ask the question again."
+            raise Refusal(404, f"There is no job {id!r}.", do, code="no_job", job=id)
         return job
 
     def _begin(self, kind: str, run: str, question: dict[str, Any]) -> dict[str, str]:
@@ -162,12 +175,15 @@ class Jobs:
                 process = await self._process(path)
                 await process.ask(job, lambda: self._is_awaited(job))
             except LoopscopeError as error:
-                job.end({"error": str(error), "next": "Look at the run's folder."})
+                do = "Look at the run's folder."
+                job.end(as_error(str(error), do, code="not_now"))
             except (OSError, EOFError, ValueError) as error:
-                job.end({"error": _of(error), "next": "Ask again: it starts anew."})
+                do = "Ask again: it starts anew."
+                job.end(as_error(_of(error), do, code="ended", detail=_of(error)))
                 await self._end(path)
             except asyncio.CancelledError:
-                job.end({"error": "The server ends.", "next": "Start it again."})
+                do = "Start it again."
+                job.end(as_error("The server ends.", do, code="server_ends"))
                 await self._end(path)
                 raise
 
@@ -245,7 +261,7 @@ class Process:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job.text = "starts"
+        job.doing = {"what": "start"}
         with contextlib.suppress(ConnectionError):  # It has ended, as is said below.
             await self._say(job.question)
         while line := await self._process.stdout.readline():
@@ -254,12 +270,11 @@ class Process:
                 with contextlib.suppress(ConnectionError):
                     await self._say({"go_on": not is_awaited()})
                 continue
-            job.text = said.get("text", job.text)
+            job.doing = said.get("doing", job.doing)
             job.result = said.get("result", job.result)
             if "error" in said:
-                job.end({"error": said["error"], "next": said.get("next", "")})
+                job.end(said["error"])
             elif said.get("done"):
-                job.text = ""
                 job.end()
             if job.state != "running":
                 return

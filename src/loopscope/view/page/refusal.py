@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Refusal(Exception):
     """An answer that is none: a status, one sentence, and what to do.
@@ -11,12 +13,22 @@ class Refusal(Exception):
             not now.
         error: What is wrong.
         do: What to do about it.
+        code: A name for it: the page has words of other languages for some.
+        **about: What those words need.
     """
 
-    def __init__(self, status: int, error: str, do: str) -> None:
+    def __init__(
+        self, status: int, error: str, do: str, *, code: str = "", **about: Any
+    ) -> None:
         super().__init__(error)
-        self.status, self.error, self.do = status, error, do
+        self.status = status
+        self._said = as_error(error, do, code=code, **about)
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """As the page gets it."""
-        return {"error": self.error, "next": self.do}
+        return self._said
+
+
+def as_error(error: str, do: str, *, code: str = "", **about: Any) -> dict[str, Any]:
+    """What went wrong, as the page gets it. Arguments are those of `Refusal`."""
+    return {"error": error, "next": do, "code": code, "about": about}

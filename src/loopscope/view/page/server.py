@@ -31,7 +31,7 @@ from loopscope.run.plain import inert
 from loopscope.view.page.answers import Answers
 from loopscope.view.page.guard import App, Guard
 from loopscope.view.page.jobs import Jobs
-from loopscope.view.page.refusal import Refusal
+from loopscope.view.page.refusal import Refusal, as_error
 from loopscope.view.page.shelf import Shelf
 
 HOST = "127.0.0.1"
@@ -195,7 +195,10 @@ def _plotly(request: Request) -> Response:
     file = place / "package_data" / "plotly.min.js"
     if not file.is_file():
         raise Refusal(
-            404, "plotly is not installed.", "Install it: `pip install plotly`."
+            404,
+            "plotly is not installed.",
+            "Install it: `pip install plotly`.",
+            code="no_plotly",
         )
     headers = {"Cache-Control": "max-age=86400"}
     return FileResponse(file, media_type="text/javascript", headers=headers)
@@ -291,16 +294,15 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = {"error": f"{error.detail}: {request.url.path}", "next": "docs/page.md"}
-    return _json(said, error.status_code)
+    said = f"{error.detail}: {request.url.path}"
+    return _json(as_error(said, "docs/page.md"), error.status_code)
 
 
 async def _not_now(request: Request, error: Exception) -> Response:
-    said = {"error": str(error), "next": "Ask again, or look at the run's folder."}
-    return _json(said, 409)
+    do = "Ask again, or look at the run's folder."
+    return _json(as_error(str(error), do, code="not_now"), 409)
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    name = type(error).__name__
-    said = {"error": f"{name}: {error}", "next": "Look at the terminal."}
-    return _json(said, 500)
+    said = f"{type(error).__name__}: {error}"
+    return _json(as_error(said, "Look at the terminal.", code="broken"), 500)

@@ -56,6 +56,8 @@ class Shelf:
                 404,
                 f"There is no run {name!r} in {str(self.root)!r}.",
                 "Take an id from /api/runs.",
+                code="no_run",
+                run=name,
             )
         return self._following(name, path)
 
