@@ -360,3 +360,26 @@ def test_gears_are_compared_and_the_doctor_examines_on_demand(visit, keep):
     page.wait_for_selector("#gears-found .plot svg", timeout=300_000)
     assert "fused-graph" in page.inner_text("#gears-found table")
     keep(page, "gears")
+
+
+@pytest.mark.slow
+def test_a_question_is_cancelled_by_keyboard_and_asked_again(visit, keep):
+    page = visit()
+    drawn(page)
+    page.click("#examine")
+    page.focus("#doctor-job .cancel:visible")
+    keep(page, "cancel")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#doctor-job:has-text('Cancelled.')")
+    assert page.evaluate("document.activeElement.id") == "examine"
+    page.fill("#go-step", "40")
+    page.press("#go-step", "Enter")
+    page.focus("#step-job .cancel:visible")
+    assert barriers(page) == []
+    page.keyboard.press("Space")
+    page.wait_for_selector("#step-job:has-text('Cancelled.')")
+    assert page.evaluate("document.activeElement.id") == "step"
+    assert page.inner_text("#step-found") == ""
+    page.fill("#go-step", "40")
+    page.press("#go-step", "Enter")
+    assert opened(page) == "Step 40 of 200"

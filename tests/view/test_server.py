@@ -502,7 +502,8 @@ def test_a_waiting_question_can_be_cancelled_and_the_story_gives_way(folder):
         ]
         assert page.post("cancel", id=names[1]).status_code == 200
         jobs = [ended(page, name) for name in names]
-        assert [job["state"] for job in jobs] == ["done", "failed", "done"]
+        assert [job["state"] for job in jobs] == ["done", "cancelled", "done"]
+        assert jobs[1]["error"] is None
         assert jobs[0]["result"]["why"] is None
         assert jobs[2]["result"]["why"]
 
@@ -511,6 +512,48 @@ def ended(page, name):
     return until(
         lambda: page.get("job", id=name), lambda job: job["state"] != "running"
     )
+
+
+def test_a_job_that_runs_is_cancelled_and_another_process_takes_the_next(folder):
+    with serving(folder) as page:
+
+        def begun():
+            name = page.post("open", run="mnist", step=5).json()["job"]
+            until(
+                lambda: page.get("job", id=name),
+                lambda job: job["doing"]["what"] == "framework",
+            )
+            return name, children(page.process.pid)
+
+        name, workers = begun()
+        page.post("cancel", id=name, only="waiting")
+        assert page.get("job", id=name)["state"] == "running"
+        assert page.post("cancel", id=name).json() == {"cancelled": name}
+        job = page.get("job", id=name)
+        assert (job["state"], job["error"], job["result"]) == ("cancelled", None, None)
+        until_gone(workers)
+        other, others = begun()
+        assert not set(others) & set(workers)
+        page.post("cancel", id=other)
+        until_gone(others)
+        assert page.get("job", id=name)["state"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_after_a_cancelled_job_a_step_is_opened(folder):
+    with serving(folder) as page:
+        for what in ("framework", "rewind"):
+            name = page.post("open", run="mnist", step=7).json()["job"]
+            until(
+                lambda name=name: page.get("job", id=name),
+                lambda job, what=what: job["doing"]["what"] == what,
+            )
+            page.post("cancel", id=name)
+            assert page.get("job", id=name)["state"] == "cancelled"
+        assert page.job("open", run="mnist", step=7)["result"]["same_bits"] is True
+        # What is done is not cancelled any more.
+        page.post("cancel", id="3")
+        assert page.get("job", id="3")["state"] == "done"
 
 
 @pytest.mark.slow

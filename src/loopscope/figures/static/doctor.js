@@ -2,7 +2,7 @@
 
 import { at, fill, h } from "./dom.js";
 import { general, value } from "./format.js";
-import { busy, sorry, work } from "./jobs.js";
+import { busy, cancelled, sorry, work } from "./jobs.js";
 import { chosen, known, on } from "./store.js";
 import { said } from "./said.js";
 import { language, word } from "./words.js";
@@ -89,18 +89,21 @@ async function examine() {
   const run = chosen.run;
   const here = () => chosen.run === run;
   let trouble = null;
+  let found = null;
   asking = run;
   draw();
   busy(at("doctor-job"), null);
   try {
-    const { findings } = await work("doctor", { run }, (job) => {
+    found = await work("doctor", { run }, (job) => {
       if (here()) busy(at("doctor-job"), job);
     });
-    kept.set(run, findings);
+    if (found) kept.set(run, found.findings);
   } catch (error) {
     trouble = error;
   }
   asking = null;
   draw();
-  if (trouble && here()) sorry(at("doctor-job"), trouble);
+  if (!here()) return;
+  if (trouble) sorry(at("doctor-job"), trouble);
+  else if (!found) cancelled(at("doctor-job"), at("examine"));
 }

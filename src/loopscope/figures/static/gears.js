@@ -2,7 +2,7 @@
 
 import { at, fill, h } from "./dom.js";
 import { duration, finite, value } from "./format.js";
-import { busy, sorry, work } from "./jobs.js";
+import { busy, cancelled, sorry, work } from "./jobs.js";
 import { CONFIG, layout, plotly } from "./plotly.js";
 import { line } from "./colours.js";
 import { reason } from "./reason.js";
@@ -49,20 +49,23 @@ async function compare() {
   const run = chosen.run;
   const here = () => chosen.run === run;
   let trouble = null;
+  let found = null;
   asking = run;
   at("compare").disabled = true;
   busy(at("gears-job"), null);
   try {
-    const { rows } = await work("compare", { run }, (job) => {
+    found = await work("compare", { run }, (job) => {
       if (here()) busy(at("gears-job"), job);
     });
-    kept.set(run, rows);
+    if (found) kept.set(run, found.rows);
   } catch (error) {
     trouble = error;
   }
   asking = null;
   draw();
-  if (trouble && here()) sorry(at("gears-job"), trouble);
+  if (!here()) return;
+  if (trouble) sorry(at("gears-job"), trouble);
+  else if (!found) cancelled(at("gears-job"), at("compare"));
 }
 
 async function show(rows) {

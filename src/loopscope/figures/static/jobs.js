@@ -15,17 +15,19 @@ const EVERY_MS = 300;
  * @param {function} heard - Told of the job whenever the server has been asked; it may
  *   have a part of the result before it is done.
  * @param {function} wanted - Whether anyone still waits; the server is told if not.
- * @returns {object} The result; `null` if nobody wants it any more.
+ * @returns {object} The result; `null` if nobody wants it any more, or it was cancelled.
  */
 export async function work(kind, body, heard, wanted = () => true) {
   const { job } = await tell(kind, body);
   for (;;) {
     if (!wanted()) {
-      await tell("cancel", { id: job });
+      // One that has begun is let run: the process is needed for the next question.
+      await tell("cancel", { id: job, only: "waiting" });
       return null;
     }
     const found = await ask("job", { id: job });
     if (found.state === "done") return found.result;
+    if (found.state === "cancelled") return null;
     if (found.state === "failed") throw failure(found.error);
     heard(found);
     await new Promise((resolve) => setTimeout(resolve, EVERY_MS));
@@ -35,17 +37,42 @@ export async function work(kind, body, heard, wanted = () => true) {
 const failure = (error) =>
   (error ? new Refused(error.error, error.next, error) : new Refused(word("failed")));
 
-/** Show how far a job is; null for one that has just been asked for. */
+/** Show how far a job is, and a way to cancel it; null for one that has just been asked for. */
 export function busy(node, job) {
   const text = doing(job?.doing);
   const since = job?.seconds ? ` ${duration(job.seconds)}` : "";
   if (!node.querySelector("progress")) {
     fill(node, h("progress", { "aria-label": word("working") }),
-      h("span", { role: "status" }), h("span.quiet"));
+      h("span", { role: "status" }), h("span.quiet"),
+      h("button.plain.cancel", { type: "button", hidden: true, onclick: () => cancel(node) }));
   }
-  const [, said, time] = node.children;
+  const [, said, time, button] = node.children;
   if (said.textContent !== text) said.textContent = text;
   time.textContent = since;
+  button.hidden = !job;
+  if (!job || button.dataset.job === job.id) return;
+  button.dataset.job = job.id;
+  button.textContent = word("cancel");
+  button.removeAttribute("aria-disabled");
+}
+
+/** Have the job that is shown ended; whoever waits for it hears of that. */
+async function cancel(node) {
+  const button = node.querySelector(".cancel");
+  if (button.hasAttribute("aria-disabled")) return;
+  button.setAttribute("aria-disabled", "true");
+  button.textContent = word("cancelling");
+  try {
+    await tell("cancel", { id: button.dataset.job });
+  } catch (error) {
+    sorry(node, error);
+  }
+}
+
+/** Say that a job was cancelled; `back` is where the keyboard goes on. */
+export function cancelled(node, back) {
+  fill(node, h("p.quiet", { role: "status" }, word("cancelled")));
+  back?.focus();
 }
 
 function doing(of) {

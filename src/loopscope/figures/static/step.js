@@ -2,7 +2,7 @@
 
 import { at, fill, h } from "./dom.js";
 import { count } from "./format.js";
-import { busy, sorry, work } from "./jobs.js";
+import { busy, cancelled, sorry, work } from "./jobs.js";
 import { layout } from "./opened.js";
 import { chosen, known, on, open, steps, tellAll } from "./store.js";
 import { word } from "./words.js";
@@ -87,9 +87,13 @@ async function load() {
   };
   try {
     const opened = await work("open", { run, step }, heard, wanted);
-    if (opened && wanted()) {
+    if (!wanted()) return;
+    if (opened) {
       fill(at("step-job"));
       have(opened, step);
+    } else {
+      if (!early) fill(at("step-found"));
+      cancelled(at("step-job"), at("step"));
     }
   } catch (error) {
     if (wanted()) {

@@ -28,8 +28,6 @@ const ERRORS = {
   "error.no_job.next": "다시 요청하세요.",
   "error.ended": "작업하던 프로세스가 끝났습니다.",
   "error.ended.next": "다시 요청하면 새 프로세스가 시작됩니다.",
-  "error.cancelled": "취소했습니다.",
-  "error.cancelled.next": "다시 요청할 수 있습니다.",
   "error.server_ends": "서버가 종료되었습니다.",
   "error.server_ends.next": "서버를 다시 시작하세요.",
   "error.no_step": "이 실행 기록에는 {step}번 스텝이 없습니다. {first}번부터 {last}번까지 있습니다.",

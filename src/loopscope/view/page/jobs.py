@@ -69,7 +69,7 @@ class Job:
     kind: str
     run: str
     question: dict[str, Any]
-    state: Literal["running", "done", "failed"] = "running"
+    state: Literal["running", "done", "failed", "cancelled"] = "running"
     doing: dict[str, Any] = field(default_factory=lambda: {"what": "wait"})
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
@@ -80,8 +80,19 @@ class Job:
 
     def end(self, error: dict[str, Any] | None = None) -> None:
         """It is done, or has failed."""
+        self._end("failed" if error else "done", error)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._end("cancelled", None)
+
+    def _end(
+        self,
+        state: Literal["done", "failed", "cancelled"],
+        error: dict[str, Any] | None,
+    ) -> None:
         if self.state == "running":
-            self.state, self.error = "failed" if error else "done", error
+            self.state, self.error = state, error
             self.seconds = time.monotonic() - self.began_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,11 +141,23 @@ class Jobs:
         """How far a job has come."""
         return self._one(id).as_dict()
 
-    async def cancel(self, id: str) -> dict[str, str]:
-        """Nobody waits for a job any more: it is not begun, if it was not."""
+    async def cancel(self, id: str, only: str = "") -> dict[str, str]:
+        """Nobody waits for a job any more.
+
+        One that runs is ended with its process, and the next question starts a new one.
+
+        Args:
+            id: Its name.
+            only: `"waiting"`: leave it alone if it has begun.
+        """
         job = self._one(id)
         if not job.asked:
-            job.end(as_error("Cancelled.", "Ask again.", code="cancelled"))
+            job.cancel()
+        elif job.state == "running" and only != "waiting":
+            job.cancel()
+            process = self._processes.get(self._shelf.one(job.run).folder.path)
+            if process is not None:  # Else it is being started, and not asked.
+                process.kill()
         return {"cancelled": job.id}
 
     async def close(self) -> None:
@@ -173,6 +196,8 @@ class Jobs:
             job.asked = True
             try:
                 process = await self._process(path)
+                if job.state != "running":
+                    return
                 await process.ask(job, lambda: self._is_awaited(job))
             except LoopscopeError as error:
                 do = "Look at the run's folder."
@@ -281,11 +306,15 @@ class Process:
         await self._process.wait()
         raise EOFError(f"The process that ran it has ended. {self._last_words()}")
 
-    async def close(self) -> None:
+    def kill(self) -> None:
         """End it, whatever it does."""
         if not self.ended:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+    async def close(self) -> None:
+        """End it, and wait until it has ended."""
+        self.kill()
         await self._process.wait()
         self._log.close()
 
