@@ -79,12 +79,16 @@ def test_view_beside_a_training_needs_a_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "mnist"])
+@pytest.mark.parametrize("command", ["train", "mnist", "resume", "branch"])
 def test_view_shows_a_training_and_ends_with_it(command, tmp_path):
     arguments = {
         "train": ["train", "mnist", "--epochs", "2"],
         "mnist": ["mnist", "--epochs", "1", "--eager-epochs", "1"],
+        "resume": ["resume", "runs/a", "--epochs", "2"],
+        "branch": ["resume", "a", "--from-step", "400", "--run", "runs/b"],
     }[command]
+    if "resume" in arguments:
+        begun(tmp_path / arguments[1])
     with subprocess.Popen(
         [*LOOPSCOPE, *arguments, "--view", "--json"],
         cwd=tmp_path,
@@ -103,6 +107,39 @@ def test_view_shows_a_training_and_ends_with_it(command, tmp_path):
     assert said["run"] == f"runs/{run.name}"
     assert len(page) == 1
     until(lambda: os.path.exists(f"/proc/{page[0]}"), lambda there: not there)
+
+
+def begun(path):
+    """A run of one epoch."""
+    done = subprocess.run(
+        [*LOOPSCOPE, "train", "mnist", "--epochs", "1", "--run", str(path), "--json"],
+        env=environment(),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "resume"])
+def test_the_chief_of_several_workers_shows_the_run(command, tmp_path):
+    path = tmp_path / "run"
+    arguments = ["train", "mnist", "--run", str(path)]
+    if command == "resume":
+        begun(path)
+        arguments = ["resume", str(path)]
+    done = subprocess.run(
+        [*LOOPSCOPE, *arguments, "--epochs", "2", "--workers", "2", "--view", "--json"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("shown at http://127.0.0.1:") == 1
+    assert json.loads(done.stdout)["epochs"] == 2
 
 
 @pytest.mark.slow

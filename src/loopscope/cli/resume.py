@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from loopscope.cli.beside import shown, view_option
 from loopscope.cli.common import (
     command,
     json_option,
@@ -26,6 +28,7 @@ from loopscope.cli.common import (
 @click.option("--learning-rate", type=float, help="Of the branch, from there on.")
 @click.option("--gear", help="Of the branch, from there on.")
 @workers_option
+@view_option
 @json_option
 @command
 def resume(
@@ -37,6 +40,7 @@ def resume(
     learning_rate: float | None,
     gear: str | None,
     workers: int | None,
+    view: bool,
     as_json: bool,
 ) -> int:
     """Go on with the run in DIR: at the next batch, to the bits it would have ended in.
@@ -46,6 +50,9 @@ def resume(
 
     --workers N goes on with N processes. Another number than before gives the same
     numbers up to rounding, not the same bits, and is said so.
+
+    --view shows the run in a browser. The page ends with the training; on a terminal it
+    stays until Ctrl-C.
     """
     from loopscope.cli.launch import end_with_launcher, launch, relaunched
     from loopscope.cluster import place
@@ -85,5 +92,7 @@ def resume(
     changes: dict[str, Any] = {"run": path, "resume": "anyway" if anyway else True}
     if epochs is not None:
         changes["epochs"] = epochs
-    train_and_tell(made, changes, as_json=as_json)
+    page = view and made.loop.together.chief
+    with shown(path, as_json=as_json) if page else nullcontext():
+        train_and_tell(made, changes, as_json=as_json)
     return 0
