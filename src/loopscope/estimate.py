@@ -13,6 +13,7 @@ from typing import Any
 from loopscope.choose import Trial, break_even, choose, in_words, measure
 from loopscope.data.source import Source
 from loopscope.errors import GearError
+from loopscope.figures import html
 from loopscope.gear import GEARS, Gear, resolve
 from loopscope.runner import Runner
 
@@ -70,36 +71,49 @@ class Estimate:
         """As plain data."""
         return {**asdict(self), "total_s": self.total_s}
 
+    def _repr_html_(self) -> str:
+        return html.estimate(self._line(), self._table(), self.reason, self.chosen)
+
     def __str__(self) -> str:
         """A line and a table."""
+        if not self.gears:
+            return f"{self._line()}\n{self.reason}"
+        rows = [
+            (f"{gear} *" if gear == self.chosen else gear, *cells)
+            for gear, *cells in self._table()
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = (
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+        return "\n".join([self._line(), *table])
+
+    def _line(self) -> str:
         steps = "an unknown number of" if self.steps is None else f"{self.steps:,}"
         line = f"{steps} steps in {_counted(self.epochs, 'epoch')}"
         if self.total_s is not None:
             line += f": about {in_words(self.total_s)} in {self.chosen}"
         if self.validation_s is not None:
             line += f", {in_words(self.validation_s)} of it validation"
-        return "\n".join([line, *self._table()])
+        return line
 
-    def _table(self) -> list[str]:
+    def _table(self) -> list[tuple[str, ...]]:
+        """What was measured of each gear, below the heads of the columns."""
         if not self.gears:
-            return [self.reason]
+            return []
         surest = self.gears[0].gear
         head = ("gear", "compile s", "ms/step", "in all", f"ahead of {surest} after")
-        rows = [head, *(self._row(g, first=g.gear == surest) for g in self.gears)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        return [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        return [head, *(self._row(g, first=g.gear == surest) for g in self.gears)]
 
     def _row(self, found: GearEstimate, *, first: bool) -> tuple[str, ...]:
         paid = found.break_even_steps
         after = "never" if paid is None else _counted(paid, "step")
         return (
-            f"{found.gear} *" if found.gear == self.chosen else found.gear,
+            found.gear,
             f"{found.compile_s:.2f}",
             f"{1e3 * found.step_s:.3f}",
             "" if found.total_s is None else in_words(found.total_s),

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import loopscope
+from loopscope.choose import in_words
 from loopscope.compare import Comparison, GearReport
 from loopscope.doctor.finding import Finding
 from loopscope.errors import ExtraError, UsageError
+from loopscope.estimate import Estimate
 from loopscope.look import html
 from models import FUSED, blobs, fresh, numbers, small_loop
 
@@ -227,6 +229,24 @@ def test_comparing_a_loop_gives_what_can_be_shown():
     assert [r["gear"] for r in compared.as_dicts()] == [r.gear for r in compared]
     assert "ms/step" in said(compared)
     assert compared.plot().data[0].x[0] == "eager"
+
+
+def test_an_estimate_shows_itself_with_the_reason_for_its_gear():
+    loop = fresh(small_loop, FUSED)
+    found = loop.estimate(X, Y, batch_size=8, epochs=1000)
+    text = said(found)
+    assert f"8,000 steps in 1,000 epochs: about {in_words(found.total_s)}" in text
+    assert f"{FUSED} *" in text
+    assert f"ahead of {found.gears[0].gear} after" in text
+    assert "why this gear: asked for" in text
+
+
+def test_an_estimate_of_nothing_measured_shows_why():
+    found = Estimate(None, 2, (), "graph", f"graph, since {HOSTILE}", None, 0.1)
+    text = said(found)
+    assert "an unknown number of steps in 2 epochs" in text
+    assert HOSTILE in text
+    assert "ms/step" not in text
 
 
 def test_findings_show_their_evidence_and_hide_no_markup():

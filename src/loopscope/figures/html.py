@@ -65,13 +65,34 @@ def gears(reports: Sequence[Mapping[str, Any]]) -> str:
     columns = ("gear", "compile s", "ms/step", "pays after", "difference", "note")
     rows = []
     for r in reports:
-        name = escape(r["gear"])
-        name = f'<span class="chosen">{name} *</span>' if r["chosen"] else name
+        name = _chosen(r["gear"]) if r["chosen"] else escape(r["gear"])
         if not r["available"]:
             rows.append((name, "", "", "", "", escape(r["reason"])))
             continue
         rows.append((name, *measured(r), escape(r["reason"])))
     return fragment(table(columns, rows, escaped=True))
+
+
+def estimate(line: str, rows: Sequence[Sequence[str]], reason: str, chosen: str) -> str:
+    """What a training would take; the gear that it would run in stands out.
+
+    Args:
+        line: All of it in short.
+        rows: What each gear would take, below the heads of the columns; none where
+            none could be measured.
+        reason: Why the gear that it would run in is that one.
+        chosen: The name of that gear.
+    """
+    shown = ""
+    if rows:
+        head, *body = rows
+        cells = (
+            (_chosen(name) if name == chosen else escape(name), *map(escape, others))
+            for name, *others in body
+        )
+        shown = table(head, cells, escaped=True)
+    why = f"<p>why this gear: {escape(reason)}</p>"
+    return fragment(f"<p>{escape(line)}</p>", shown, why)
 
 
 def findings(found: Sequence[Mapping[str, Any]], *, checks: int | None = None) -> str:
@@ -178,6 +199,10 @@ def _finding(found: Mapping[str, Any]) -> str:
     listed = "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in rows)
     head = f"{found['severity']}: {found['message']} [{found['check']}]"
     return f"<p{bad}>{escape(head)}</p><dl>{listed}</dl>"
+
+
+def _chosen(gear: str) -> str:
+    return f'<span class="chosen">{escape(gear)} *</span>'
 
 
 def _exact(value: float | None) -> str:
