@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import keras
@@ -414,6 +415,28 @@ def test_a_run_that_grows_is_read_on_from_where_it_was(tmp_path):
     add(folder, 3, np.arange(3, 5, dtype="<f4"), np.arange(5, 9, dtype="<f4"))
     assert following.look().series["loss"].values.tolist() == [*range(9)]
     assert first.series["loss"].values.tolist() == [0, 1, 2]
+
+
+def test_what_the_disk_takes_long_for_is_seen_once_it_is_there(tmp_path, monkeypatch):
+    folder = journal_of(tmp_path, np.arange(3, dtype="<f4"))
+    journal = JournalWriter(folder.journal_path)
+
+    def put(first):
+        values = np.arange(first, first + 2, dtype="<f4")
+        with journal.transaction():
+            row = (first, "loss", 2, values.dtype.str, values.tobytes(), 1.0)
+            journal.put("steps", [row])
+
+    put(3)
+    following = Following(folder)
+    assert following.look().stop == 5
+    # Whoever looks while the disk takes the log sees it at its last size and time.
+    now = {path: os.stat(path) for path in following._files() if path.exists()}
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path: now.get(path) or stat(path))
+    put(5)
+    assert following.look().stop == 7
+    journal.close()
 
 
 def test_a_run_that_was_cut_and_trained_on_is_read_anew(tmp_path):

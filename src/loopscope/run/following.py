@@ -22,6 +22,9 @@ from loopscope.run.journal import EpochRow, JournalReader, Row, Stretch
 
 Signature = tuple[Any, ...]
 
+HEADER_BYTES = 48
+"""Of the header of SQLite's WAL-index."""
+
 
 @dataclass(eq=False)
 class Series:
@@ -155,7 +158,7 @@ class Following:
         ]
 
     def _stat(self) -> Signature:
-        return tuple(_stat(path) for path in self._files())
+        return (*(_stat(path) for path in self._files()), _visible(self._files()[0]))
 
     def _read(self, live: bool, signature: Signature) -> None:
         seen, path = self._seen, self.folder.journal_path
@@ -220,3 +223,18 @@ def _stat(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _visible(journal: Path) -> bytes:
+    """What changes as a transaction becomes visible; empty of a run nobody writes.
+
+    The log beside a database has a transaction before that, while the disk takes it:
+    whoever reads then finds the old values in files that do not change any more.
+
+    Source: the header of the WAL-index, https://www.sqlite.org/walformat.html
+    """
+    try:
+        with journal.with_name(f"{journal.name}-shm").open("rb") as index:
+            return index.read(HEADER_BYTES)
+    except OSError:
+        return b""
