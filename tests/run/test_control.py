@@ -12,7 +12,7 @@ import pytest
 from trainings import STEPS, train
 
 from loopscope import open_run
-from loopscope.run import control, live
+from loopscope.run import control, live, steering
 from loopscope.run.control import Control, ask
 from loopscope.run.folder import Folder
 from models import FUSED
@@ -221,6 +221,23 @@ def test_what_a_training_does_is_said_while_it_runs(tmp_path):
     assert (last["step"], last["phase"], last["role"]) == (2 * STEPS, None, None)
     assert (last["epochs"], last["steps_per_epoch"]) == (2, STEPS)
     assert last["gear"] == FUSED
+    recorded = open_run(path).steps["loss"]
+    assert last["loss"] == {"name": "loss", "value": recorded[-1]}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("outputs", "latest"),
+    [
+        ({}, None),
+        ({"a": [1.0, 2.0], "loss": [3.0, 4.5]}, {"name": "loss", "value": 4.5}),
+        ({"cost": [1.0, float("nan")]}, {"name": "cost", "value": "nan"}),
+        ({"rows": [[1.0], [2.0]]}, None),
+    ],
+)
+def test_the_latest_loss_is_that_of_the_last_step(outputs, latest):
+    arrays = {name: np.array(values) for name, values in outputs.items()}
+    assert steering._latest(arrays) == latest
 
 
 # The file.
@@ -338,7 +355,13 @@ def _steer(page):
         return seen["step"]
 
     waiting = after("pause", lambda s: s["live"]["paused"])
-    assert page.get("status", run=".")["step"] == waiting
+    status = page.get("status", run=".")
+    assert status["step"] == waiting
+    curve = until(
+        lambda: page.get("curve", run=".", start=waiting - 1),
+        lambda found: found["stop"] == waiting,
+    )
+    assert status["live"]["loss"] == {"name": "loss", "value": curve["mean"][-1]}
     assert after("step", lambda s: s["live"]["paused"] and s["step"] > waiting) == (
         waiting + 1
     )

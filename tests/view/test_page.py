@@ -224,6 +224,9 @@ def test_a_live_run_is_paused_stepped_and_resumed(visit, keep):
     page.wait_for_selector("#gauge-status[data-state=paused]")
     said = page.inner_text("#why-not")
     at = int(re.search(r"\d+", said)[0])
+    live = page.evaluate("fetch('/api/status?run=live').then((r) => r.json())")["live"]
+    shown = float(page.inner_text("#gauge-loss dd"))
+    assert shown == pytest.approx(live["loss"]["value"], rel=1e-3)
     page.click("#do-step")
     page.wait_for_selector(f"#why-not:has-text('{at + 1}')")
     page.click("#do-save")

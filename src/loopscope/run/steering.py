@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from loopscope.events import (
     ChunkBegin,
     ChunkEnd,
@@ -27,6 +29,7 @@ from loopscope.events import (
 from loopscope.run.control import Control
 from loopscope.run.folder import Folder
 from loopscope.run.live import Clock, Pace
+from loopscope.run.plain import readable
 
 if TYPE_CHECKING:
     from loopscope.loop import Loop
@@ -72,6 +75,8 @@ class Steering:
         self._steps: int | None = None
         self._validation_s = 0.0
         """What validation took in the epoch before."""
+        self._outputs: Mapping[str, np.ndarray] = {}
+        """Of the last chunk of training."""
         self._turned_s = 0.0
         """When the last chunk of training was over with."""
 
@@ -132,6 +137,7 @@ class Steering:
                 clock.turn("step")
             case ChunkEnd():
                 if event.phase == "train":
+                    self._outputs = event.outputs
                     self._control.after_step()
                 self._obey(event, recorded)
                 if event.phase == "train":
@@ -170,6 +176,7 @@ class Steering:
             "index": cursor.index,
             "steps_per_epoch": self._steps,
             "gear": gear.name if gear is not None else None,
+            "loss": _latest(self._outputs),
             "steps_per_s": speed,
             "eta_s": self._eta_s(speed, cursor.epoch, cursor.index),
             "seconds": self.clock.seconds(),
@@ -205,3 +212,11 @@ class Steering:
         if self._control.saving:
             self._control.saving = False
             recorded.save_now(event)
+
+
+def _latest(outputs: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    """The loss of the last step, and what it is called; `None` where there is none."""
+    name = "loss" if "loss" in outputs else next(iter(outputs), None)
+    if name is None or outputs[name].ndim != 1 or not len(outputs[name]):
+        return None
+    return {"name": name, "value": readable(float(outputs[name][-1]))}

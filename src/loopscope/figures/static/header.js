@@ -61,8 +61,17 @@ function reading(run, status) {
     speed: moving && finite(moving.steps_per_s) && !moving.paused
       ? word("per.second", { n: value(Number(moving.steps_per_s.toPrecision(3))) }) : "–",
     left: moving && finite(moving.eta_s) ? duration(moving.eta_s) : "–",
-    loss: value((known.runs.find((one) => one.id === run?.id) ?? run?.summary)?.loss),
+    loss: lossOf(moving, run),
   };
+}
+
+/** The latest; of a run that nobody trains, the last. */
+function lossOf(moving, run) {
+  const { name, value: latest } = (moving && moving.loss) || {};
+  if (latest === undefined) {
+    return value((known.runs.find((one) => one.id === run?.id) ?? run?.summary)?.loss);
+  }
+  return name === "loss" ? value(latest) : `${name} ${value(latest)}`;
 }
 
 function epochOf(status, run) {

@@ -237,7 +237,7 @@ class Answers:
 def _live(folder: Any, said: Mapping[str, Any]) -> Plain | None:
     if not said:
         return None
-    names = ("phase", "role", "paused", "step", "steps_per_s", "eta_s", "time")
+    names = ("phase", "role", "paused", "step", "loss", "steps_per_s", "eta_s", "time")
     asked = control.waiting(folder, _count(said, "obeyed_bytes")) or said.get("asked")
     return {**{name: said.get(name) for name in names}, "asked": asked}
 
