@@ -75,7 +75,7 @@ def shown(chromium, tmp_path_factory):
     }
     with contextlib.ExitStack() as stack:
         live = [f"{EXPERIMENTS}:live", "--run", folder / "live"]
-        stack.enter_context(process("train", *live, env=environment))
+        training = stack.enter_context(process("train", *live, env=environment))
         for name, run in [("hostile", HOSTILE_RUN), ("spike", "spike")]:
             given = [f"{EXPERIMENTS}:{name}", "--run", str(folder / run), "--json"]
             with (
@@ -86,6 +86,10 @@ def shown(chromium, tmp_path_factory):
                 patch.setenv("LOOPSCOPE_CACHE", environment["LOOPSCOPE_CACHE"])
                 done = CliRunner().invoke(main, ["train", *given])
             assert done.exit_code == 0, done.output
+        # A test that is run by itself comes before a framework has started.
+        while not (folder / "live" / "live.json").exists():
+            assert training.poll() is None
+            time.sleep(0.1)
         view = ["view", folder, "--port", "0", "--no-open", "--json"]
         server = stack.enter_context(process(*view, env=environment))
         yield folder, json.loads(_document(server.stdout))["address"]
