@@ -5,8 +5,6 @@ import re
 
 import pytest
 
-from loopscope.figures import STATIC
-
 pytestmark = pytest.mark.once
 
 SPIKE = 60
