@@ -203,7 +203,7 @@ def gradient(tape: Any, loss: Any, variables: Sequence[Any]) -> list[Any]:
     assigned, means = _Assigned(part), part.means
     more = [*assigned.addends, *(_part_of(mean, part.share) for mean in means)]
     packed = _Packed(more)
-    sums = _all_reduced([*grads, *packed.parts])
+    sums = _all_reduced([*grads, *packed.large, *packed.vectors])
     found, rest = sums[: len(grads)], packed.apart(sums[len(grads) :])
     assigned.settle(rest)
     totals = rest[len(assigned.natives) :]
@@ -259,37 +259,32 @@ def _summed(parts: Sequence[Any]) -> list[Any]:
     """The sums over all replicas, in as few messages as may be."""
     context, add = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
     packed = _Packed(parts)
-    large, small = packed.parts[: packed.alone], packed.parts[packed.alone :]
-    sums = list(context.all_reduce(add, large)) if large else []
-    return packed.apart([*sums, *(context.all_reduce(add, part) for part in small)])
+    sums = list(context.all_reduce(add, packed.large)) if packed.large else []
+    return packed.apart([*sums, *(context.all_reduce(add, v) for v in packed.vectors)])
 
 
 class _Packed:
     """Small tensors put together, one vector of each dtype; large ones as they are.
 
     Attributes:
-        parts: Large ones, then vectors.
-        alone: How many large ones.
+        large: Those.
+        vectors: Of the others.
     """
 
     def __init__(self, parts: Sequence[Any]) -> None:
-        large: list[int] = []
+        self._alone: list[int] = []
         by_dtype: dict[Any, list[int]] = {}
         for index, part in enumerate(parts):
             sparse = isinstance(part, tf.IndexedSlices)
             size = None if sparse else part.shape.num_elements()
             if size is None or size * part.dtype.size > TOGETHER_BYTES:
-                large.append(index)
+                self._alone.append(index)
             else:
                 by_dtype.setdefault(part.dtype, []).append(index)
-        self._large, self._small, self.alone = (
-            large,
-            list(by_dtype.values()),
-            len(large),
-        )
-        self._shapes = {i: parts[i].shape for among in self._small for i in among}
-        self.parts = [parts[i] for i in large]
-        self.parts += [self._vector([parts[i] for i in among]) for among in self._small]
+        self._together = list(by_dtype.values())
+        self._shapes = {i: parts[i].shape for among in self._together for i in among}
+        self.large = [parts[i] for i in self._alone]
+        self.vectors = [self._vector([parts[i] for i in a]) for a in self._together]
 
     def _vector(self, tensors: Sequence[Any]) -> Any:
         if all(not tensor.shape.rank for tensor in tensors):
@@ -297,9 +292,10 @@ class _Packed:
         return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
 
     def apart(self, sums: Sequence[Any]) -> list[Any]:
-        """What has become of each of the tensors."""
-        found = dict(zip(self._large, sums, strict=False))
-        for among, vector in zip(self._small, sums[self.alone :], strict=True):
+        """What has become of each tensor: `sums` are of `large`, then of `vectors`."""
+        count = len(self._alone)
+        found = dict(zip(self._alone, sums[:count], strict=True))
+        for among, vector in zip(self._together, sums[count:], strict=True):
             shapes = [self._shapes[i] for i in among]
             if all(not shape.rank for shape in shapes):
                 found.update(zip(among, tf.unstack(vector), strict=True))

@@ -68,16 +68,13 @@ def _error(error: Exception) -> dict[str, Any]:
     from loopscope.errors import BackendError, LoopscopeError, UsageError
     from loopscope.view.page.refusal import as_error
 
+    do, code = "`loopscope verify` on the command line shows the whole error.", "raised"
     if not isinstance(error, LoopscopeError):
-        do = "`loopscope verify` on the command line shows the whole error."
-        return as_error(f"{type(error).__name__}: {error}", do, code="raised")
+        return as_error(f"{type(error).__name__}: {error}", do, code=code)
     if isinstance(error, BackendError):
         do, code = "Install the framework that the run was recorded on.", "no_framework"
     elif isinstance(error, UsageError):
         do, code = "`loopscope rewind` on the command line says the same.", "refused"
-    else:
-        do = "`loopscope verify` on the command line shows the whole error."
-        code = "raised"
     return as_error(str(error), do, code=error.code or code, **error.about)
 
 

@@ -180,11 +180,6 @@ class Glance(Facts):
         self.because = self._because(step_s)
         """Why no step was looked into, one of `WHY_NOT`; empty if one was."""
 
-    @property
-    def why_not(self) -> str:
-        """The same in words."""
-        return _why_not(self.because)
-
     def _because(self, step_s: float) -> dict[str, Any]:
         if self.gear is None or (self.gear == EAGER and self.own):
             return {"why": "eager"}
@@ -203,7 +198,7 @@ class Glance(Facts):
     @cached_property
     def first(self) -> Seen:
         """The segment's first step, from the state that its last one has left."""
-        if self.why_not:
+        if self.because:
             return Seen(None, Probe(self.backend, [], list))
         began = time.perf_counter()
         seen = (self._forward if self._forward_only else self._look)(self.segment)
@@ -288,7 +283,7 @@ class Glance(Facts):
             confirmed, _ = again._made(sorted({f.check for f in found}))
             # Which of several variables is the worst may change from step to step.
             seen = {f.check for f in confirmed}
-            if not again.why_not:
+            if not again.because:
                 found = [f for f in found if f.check in seen]
         return sorted(found, key=lambda f: f.severity != "error"), made
 

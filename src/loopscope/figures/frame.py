@@ -46,9 +46,8 @@ def framed(title: str, content: str, otherwise: str) -> str:
         content: JSON for the page's modules, in which nothing is markup.
         otherwise: HTML, shown where scripts do not run.
     """
-    document = _document(content)
-    for character, name in (("&", "amp"), ("'", "#x27"), ("<", "lt"), (">", "gt")):
-        document = document.replace(character, f"&{name};")
+    # Between single quotes: JSON is full of double ones.
+    document = escape(_document(content), quote=False).replace("'", "&#x27;")
     return (
         '<div style="transition: color 1ms">'
         f'<iframe title="{escape(title)}" sandbox="allow-scripts" style="visibility: '

@@ -158,7 +158,8 @@ class Following:
         ]
 
     def _stat(self) -> Signature:
-        return (*(_stat(path) for path in self._files()), _visible(self._files()[0]))
+        files = self._files()
+        return (*map(_stat, files), _visible(files[0]))
 
     def _read(self, live: bool, signature: Signature) -> None:
         seen, path = self._seen, self.folder.journal_path

@@ -337,10 +337,9 @@ class Recorder:
             case Resumed():
                 assert self._past is not None
                 if self._remembers:
-                    held = self._past.checkpoint
-                    memories, extra = held.content["callbacks"], dict(held.extra)
+                    memories = self._past.checkpoint.content["callbacks"]
+                    extra = dict(self._past.checkpoint.extra)
                     memory.restore(self._callbacks, memories, extra)
-                    del held
                 else:
                     memory.fill_history(self._callbacks, self._past.history)
                 self._past = self._past.without_arrays()
